@@ -1,0 +1,139 @@
+"""Argument checks shared by the public functions: one place, one wording, before any work.
+
+Every message names the argument, what it was and what was expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> None:
+    """A Python int (or symbolic int while tracing), not a bool, within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    """A finite real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def tensor(name: str, value: Any, layout: str) -> None:
+    """A tensor whose number of dimensions is that of ``layout``, e.g. "B, S, H, D"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor [{layout}], got {type(value).__name__}")
+    ndim = len(layout.split(",")) if layout else 0
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must be [{layout}] ({ndim} dimensions), got shape {tuple(value.shape)}")
+
+
+def floats(**tensors: Tensor | None) -> None:
+    """All given tensors share one supported floating dtype and one device; the first one sets both."""
+    given = {n: t for n, t in tensors.items() if t is not None}
+    first, lead = next(iter(given.items()))
+    if lead.dtype not in FLOATS:
+        raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {lead.dtype}")
+    for name, t in given.items():
+        if t.dtype != lead.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {lead.dtype} like {first}")
+        if t.device != lead.device:
+            raise ValueError(f"{name} is on {t.device}, expected {lead.device} like {first}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], layout: str) -> None:
+    """Exact shape; ``layout`` says what the numbers mean."""
+    if value.ndim != len(expected) or any(a != b for a, b in zip(value.shape, expected, strict=True)):
+        raise ValueError(f"{name} must be [{layout}] = {list(expected)}, got {list(value.shape)}")
+
+
+def last_contiguous(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {t.stride()}")
+
+
+def heads(q_name: str, hq: int, kv_name: str, hkv: int) -> None:
+    """Grouped-query head counts: both positive, query heads a multiple of kv heads."""
+    if hq < 1:
+        raise ValueError(f"{q_name} must have at least 1 head, got {hq}")
+    if hkv < 1:
+        raise ValueError(f"{kv_name} must have at least 1 head, got {hkv}")
+    if hq % hkv != 0:
+        raise ValueError(f"{q_name} has {hq} heads, expected a multiple of the {hkv} heads of {kv_name}")
+
+
+def token_mask(name: str, value: Any, batch: int, length: int, device: torch.device) -> None:
+    """[B, S] of bool, integer or float, 1/True = token. Contents are not read."""
+    tensor(name, value, "B, S")
+    shape(name, value, (batch, length), "B, S")
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be bool, integer or float, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected {device}")
+
+
+def offsets(name: str, value: Any, total: int) -> None:
+    """int32 [docs+1] offsets from 0 to ``total``; contents are checked where reading them is free (on the CPU)."""
+    tensor(name, value, "docs+1")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}")
+    if value.shape[0] < 1:
+        raise ValueError(f"{name} must have at least 1 entry, got shape {tuple(value.shape)}")
+    if not readable(value):
+        return
+    entries = value.tolist()
+    if entries[0] != 0 or entries[-1] != total:
+        raise ValueError(f"{name} must run from 0 to {total}, got {entries[0]} to {entries[-1]}")
+    for before, after in itertools.pairwise(entries):
+        if after < before:
+            raise ValueError(f"{name} must not decrease, got {before} followed by {after}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the contents can be read without a device synchronisation (and outside tracing)."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(value)
+
+
+def _is_fake(value: Tensor) -> bool:
+    return type(value) is not Tensor and not isinstance(value, torch.nn.Parameter)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, the tensors in the autocast dtype of their device; otherwise the tensors themselves.
+
+    float64 tensors are left alone, as torch's own autocast rules do.
+    """
+    lead = next(t for t in tensors if t is not None)
+    kind = lead.device.type
+    if not isinstance(lead, Tensor) or kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
+        return tensors
+    target = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(target) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

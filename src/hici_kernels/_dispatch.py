@@ -1,0 +1,77 @@
+"""Choice of the implementation that serves a call.
+
+An operation lives in ``hici_kernels/ops/<op>/``. An implementation is a file there named after it (``reference.py``,
+``cpu.py``, ``triton.py``, ...) with
+
+    forward(**arguments)                 the result, positional arguments of the operation's schema
+    backward(...)                        the gradients, if the operation is differentiable
+    unavailable() -> str | None          optional: why it cannot run on this machine at all
+    rejects(**arguments) -> str | None   optional: why it cannot serve this call
+
+Adding a file is all it takes: nothing else in the folder changes. ``impl=None`` takes the first of ``ORDER`` that
+serves the call; a named implementation that cannot serve it raises :class:`ImplError` with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+from .errors import ImplError
+
+ORDER = ("cuda", "triton", "cpu", "flash_attn", "reference")
+OPS = (
+    "attention",
+    "local_slots",
+    "global_stats",
+    "merge_attention",
+    "hga_summaries",
+    "hga_route",
+    "hga_attention",
+)
+
+
+def check_impl(impl: str | None) -> str:
+    """Validate the argument ``impl`` and return its spelling in the operation schemas ("" for None)."""
+    if impl is None:
+        return ""
+    if not isinstance(impl, str) or impl not in ORDER:
+        raise ValueError(f"impl must be None or one of {', '.join(map(repr, ORDER))}, got {impl!r}")
+    return impl
+
+
+@functools.cache
+def load(op: str, name: str) -> tuple[ModuleType | None, str | None]:
+    """(module, None) or (None, reason) for implementation ``name`` of operation ``op``."""
+    qualified = f"hici_kernels.ops.{op}.{name}"
+    if importlib.util.find_spec(qualified) is None:
+        return None, "there is no such implementation of this operation yet"
+    try:
+        module = importlib.import_module(qualified)
+    except ImportError as error:
+        return None, f"its import failed: {error}"
+    probe = getattr(module, "unavailable", None)
+    reason = probe() if probe is not None else None
+    return (None, reason) if reason else (module, None)
+
+
+def select(op: str, impl: str, arguments: dict[str, Any]) -> ModuleType:
+    """The implementation module for one call. ``impl`` is "" (choose) or a name (that one or an error)."""
+    for name in (impl,) if impl else ORDER:
+        module, reason = load(op, name)
+        if module is not None:
+            rejects = getattr(module, "rejects", None)
+            reason = rejects(**arguments) if rejects is not None else None
+            if reason is None:
+                return module
+        if impl:
+            raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")
+    raise ImplError(f"no implementation of {op} serves this call")
+
+
+def explain(op: str) -> dict[str, str | None]:
+    """For every implementation name: None if it can run on this machine, else the reason it cannot."""
+    return {name: load(op, name)[1] for name in ORDER}

@@ -1,0 +1,79 @@
+"""The torch.library namespace ``hici`` and the pattern every operation registers with.
+
+One opaque operation per direction: ``hici::<op>`` and ``hici::<op>_backward``. The implementation is chosen inside
+the operation, where tensors are real, so that tracing never sees the choice and compiled graphs do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIB = torch.library.Library("hici", "DEF")
+
+
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``hici::<name><schema>`` with one kernel for all devices and its shape function; return the overload.
+
+    Outputs are contiguous whatever the implementation returns, so that shape functions need no stride rules. They must
+    not be views of inputs.
+    """
+
+    def contiguous(*arguments: Any) -> Any:
+        result = kernel(*arguments)
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return type(result)(x.contiguous() for x in result)
+
+    LIB.define(f"{name}{schema}")
+    LIB.impl(name, contiguous, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hici::{name}", fake, lib=LIB)
+    return getattr(torch.ops.hici, name).default
+
+
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Attach the gradient formula of ``hici::<name>`` and make a second differentiation an error, not a silence."""
+
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        # create_graph=True: what this returns would silently be a constant of the second derivative
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"hici::{name} is differentiable once: create_graph=True is not supported")
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"hici::{name}", once, setup_context=setup_context, lib=LIB)
+
+
+def vjp(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients of ``formula(*inputs)`` by autograd, one per input; an absent input gives an empty tensor."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        outputs = formula(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        wanted = [x for x in leaves if x is not None]
+        if pairs and wanted:
+            found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        else:
+            found = iter([None] * len(wanted))
+    like = next(x for x in inputs if x is not None)
+    result = []
+    for x in inputs:
+        g = next(found) if x is not None else None
+        result.append(like.new_empty(0) if x is None else (torch.zeros_like(x) if g is None else g))
+    return tuple(result)
+
+
+def fake_gradients(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Shapes of what :func:`vjp` returns."""
+    like = next(x for x in inputs if x is not None)
+    return tuple(like.new_empty(0) if x is None else like.new_empty(x.shape) for x in inputs)
+
+
+def drop_absent(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Replace the placeholder of an absent input by None, as autograd expects it."""
+    return tuple(None if x is None else g for x, g in zip(inputs, gradients, strict=True))

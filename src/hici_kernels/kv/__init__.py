@@ -1,0 +1,1 @@
+"""KV history of decoding."""

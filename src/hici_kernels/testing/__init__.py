@@ -1,0 +1,1 @@
+"""Tolerances, oracles and fixtures shared by the tests and by users who write kernels."""
