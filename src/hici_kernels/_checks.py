@@ -128,9 +128,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     float64 tensors are left alone, as torch's own autocast rules do.
     """
-    lead = next(t for t in tensors if t is not None)
-    kind = lead.device.type
-    if not isinstance(lead, Tensor) or kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
+    kind = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
+    if kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
         return tensors
     target = torch.get_autocast_dtype(kind)
     return tuple(
