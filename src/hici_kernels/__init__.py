@@ -11,7 +11,7 @@ from importlib.metadata import version as _version
 from . import ops
 from .config import HGAConfig, HiCIConfig
 from .errors import ImplError, KVStoreError
-from .ops import merge_attention
+from .ops import attention, local_slots, merge_attention
 from .rope import Rope
 
 try:
@@ -25,6 +25,8 @@ __all__ = [
     "ImplError",
     "KVStoreError",
     "Rope",
+    "attention",
+    "local_slots",
     "merge_attention",
     "ops",
 ]

@@ -6,7 +6,8 @@ the operation, where tensors are real, so that tracing never sees the choice and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +47,21 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     torch.library.register_autograd(f"hici::{name}", once, setup_context=setup_context, lib=LIB)
 
 
+@contextlib.contextmanager
+def _autograd_visible() -> Iterator[None]:
+    """Let autograd record inside an operation: compiled graphs run operations with its dispatch keys switched off."""
+    keys = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
 def vjp(
     formula: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Gradients of ``formula(*inputs)`` by autograd, one per input; an absent input gives an empty tensor."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_visible():
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
         outputs = formula(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -61,10 +72,18 @@ def vjp(
         else:
             found = iter([None] * len(wanted))
     like = next(x for x in inputs if x is not None)
-    result = []
+    result: list[Tensor] = []
+    storages: set[int] = set()
     for x in inputs:
-        g = next(found) if x is not None else None
-        result.append(like.new_empty(0) if x is None else (torch.zeros_like(x) if g is None else g))
+        if x is None:
+            result.append(like.new_empty(0))
+            continue
+        g = next(found)
+        g = torch.zeros_like(x) if g is None else g
+        if g.untyped_storage().data_ptr() in storages:  # autograd may hand out one tensor for two inputs
+            g = g.clone(memory_format=torch.contiguous_format)
+        storages.add(g.untyped_storage().data_ptr())
+        result.append(g)
     return tuple(result)
 
 
