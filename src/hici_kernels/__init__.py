@@ -11,7 +11,7 @@ from importlib.metadata import version as _version
 from . import ops
 from .config import HGAConfig, HiCIConfig
 from .errors import ImplError, KVStoreError
-from .ops import attention, local_slots, merge_attention
+from .ops import attention, global_stats, local_slots, merge_attention
 from .rope import Rope
 
 try:
@@ -26,6 +26,7 @@ __all__ = [
     "KVStoreError",
     "Rope",
     "attention",
+    "global_stats",
     "local_slots",
     "merge_attention",
     "ops",

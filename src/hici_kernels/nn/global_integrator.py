@@ -122,7 +122,7 @@ class GlobalIntegrator(nn.Module):
         stats = global_stats(local, causal=causal, valid=valid, cu_segments=cu_segments, impl=self.impl)
         slots = self.compress(stats)
         if cu_segments is not None and not causal:
-            return slots[segments.document_of(cu_segments, local.shape[1])].unsqueeze(0)
+            return slots[segments.document_of(cu_segments.to(slots.device), local.shape[1])].unsqueeze(0)
         return slots
 
     def compress(self, stats: Tensor) -> Tensor:

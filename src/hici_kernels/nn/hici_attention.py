@@ -142,7 +142,8 @@ class HiCIAttention(nn.Module):
         """
         check_forward(self, hidden, positions, attention_mask)
         if cu_seqlens is not None:
-            self._check_packed(hidden, cu_seqlens, attention_mask, cache, total_segments)
+            total_segments = self._check_packed(hidden, cu_seqlens, attention_mask, cache, total_segments)
+            cu_seqlens = cu_seqlens.to(hidden.device)
         if cache is not None:
             expected = SegmentCache if self.config.decode == "segment" else TokenCache
             if not isinstance(cache, expected):
@@ -173,17 +174,18 @@ class HiCIAttention(nn.Module):
         attention_mask: Tensor | None,
         cache: HiCICache | None,
         total_segments: int | None,
-    ) -> None:
+    ) -> int:
         if self.config.segment_len is None:
             raise ValueError("cu_seqlens needs config.segment_len, got segment_len=None")
         if cache is not None:
             raise ValueError("cu_seqlens cannot be combined with a cache: packed documents are for training")
-        resolve_total(hidden.shape[1], self.config.segment_len, cu_seqlens, total_segments, hidden.shape[0])
+        total = resolve_total(hidden.shape[1], self.config.segment_len, cu_seqlens, total_segments, hidden.shape[0])
         if attention_mask is not None and self.config.cut == "token" and not _checks.readable(cu_seqlens):
             raise ValueError(
                 f"attention_mask with cu_seqlens on {cu_seqlens.device} and cut='token' would need a synchronisation: "
                 "leave masked tokens out of the packed batch"
             )
+        return total
 
     def _default_positions(self, hidden: Tensor, cu_seqlens: Tensor | None, cache: HiCICache | None) -> Tensor:
         s = hidden.shape[1]

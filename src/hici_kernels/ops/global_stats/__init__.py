@@ -1,0 +1,5 @@
+"""Multi-view statistics of all slots."""
+
+from .api import global_stats
+
+__all__ = ["global_stats"]
