@@ -57,20 +57,17 @@ def _autograd_visible() -> Iterator[None]:
         yield
 
 
-def vjp(
-    formula: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def vjp(formula: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of ``formula(*inputs)`` by autograd, one per input; an absent input gives an empty tensor."""
     with torch.enable_grad(), _autograd_visible():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        leaves: list[Tensor | None] = [None if x is None else x.detach().requires_grad_() for x in inputs]
         outputs = formula(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         wanted = [x for x in leaves if x is not None]
+        found: Iterator[Tensor | None] = iter([None] * len(wanted))
         if pairs and wanted:
             found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-        else:
-            found = iter([None] * len(wanted))
     like = next(x for x in inputs if x is not None)
     result: list[Tensor] = []
     storages: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ class _Tokens(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Tensor | None
+
+    def map(self, arrange: Callable[[Tensor], Tensor], mask: Tensor | None) -> _Tokens:
+        """The same tokens in another arrangement."""
+        return _Tokens(arrange(self.hidden), arrange(self.q), arrange(self.k), arrange(self.v), mask)
+
+    def row(self, b: int, at: Tensor) -> _Tokens:
+        """Columns ``at`` of row ``b``, all of them tokens."""
+        return self.map(lambda x: x[b : b + 1, at], None)
 
 
 class HiCIAttention(nn.Module):
@@ -235,7 +244,7 @@ class HiCIAttention(nn.Module):
             # the masked columns end up behind all documents: a last document that has no tokens
             cu_seqlens = torch.cat((kept[cu_seqlens.long()], cu_seqlens[-1:]))
             total = segments.count_packed(cu_seqlens, self.config.segment_len)
-        arranged = _Tokens(*(_take(x, order) for x in tokens[:4]), mask.gather(1, order))
+        arranged = tokens.map(lambda x: _take(x, order), mask.gather(1, order))
         context, local, valid = self._segments(arranged, cu_seqlens, total, self.config.segment_len)
         return _put(context, order, context.shape), local, valid
 
@@ -246,7 +255,7 @@ class HiCIAttention(nn.Module):
         locals_: list[Tensor | None] = []
         for b in range(tokens.q.shape[0]):
             at = tokens.mask[b].nonzero()[:, 0]
-            row = _Tokens(*(x[b : b + 1, at] for x in tokens[:4]), None)
+            row = tokens.row(b, at)
             part, local, _ = self._segments(row, None, None, self.config.resolve_segment_len(at.shape[0]))
             context = context.index_put((at.new_full((1,), b), at), part[0])
             locals_.append(local)
@@ -358,7 +367,7 @@ class HiCIAttention(nn.Module):
             before = torch.cat((keep.new_zeros(1, dtype=torch.int64), keep[0].cumsum(0)))
             lengths = before[cu_seqlens.long()].diff()
         packed_cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        packed = _Tokens(*(x[keep][None] for x in tokens[:4]), None if tokens.mask is None else tokens.mask[keep][None])
+        packed = tokens.map(lambda x: x[keep][None], None if tokens.mask is None else tokens.mask[keep][None])
         context = self._attend(
             packed,
             packed_cu,

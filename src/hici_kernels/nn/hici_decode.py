@@ -50,7 +50,9 @@ def extend(layer: HiCIAttention, cache: SegmentCache, hidden: Tensor, positions:
         counts = mask.sum(1).cpu()
         if layer.config.cut == "token":  # a row's tokens come first, and only they take places
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-            call = _Call(*(_take(x, order) for x in call[:4]), None, column.gather(1, order))
+            call = _Call(
+                _take(hidden, order), _take(q, order), _take(k, order), _take(v, order), None, column.gather(1, order)
+            )
             remaining = counts
     else:
         counts = remaining.clone()
@@ -95,18 +97,16 @@ def _attend(layer: HiCIAttention, cache: SegmentCache, piece: _Call, token: Tens
         if token is None:
             token = torch.ones(piece.q.shape[:2], dtype=torch.bool, device=piece.q.device)
         seen = torch.cat((cache.recurrence_seen[:, :recurrence], cache.seen[:, :held], token), 1)
-    slots: dict[str, Tensor] = {}
-    if history and cache.slot_k.shape[1]:
-        slots = {"local_k": cache.slot_k[:, None], "local_v": cache.slot_v[:, None]}
-        if cache.ragged:
-            slots["prefix_mask"] = cache.has_history[:, None].to(piece.q.device)
+    slots = history and cache.slot_k.shape[1] > 0
     return attention(
         piece.q,
         torch.cat((cache.recurrence_k[:, :recurrence], cache.k[:, :held], piece.k), 1),
         torch.cat((cache.recurrence_v[:, :recurrence], cache.v[:, :held], piece.v), 1),
         attention_mask=seen,
+        local_k=cache.slot_k[:, None] if slots else None,
+        local_v=cache.slot_v[:, None] if slots else None,
+        prefix_mask=cache.has_history[:, None].to(piece.q.device) if slots and cache.ragged else None,
         impl=layer.impl,
-        **slots,  # type: ignore[arg-type]
     )
 
 

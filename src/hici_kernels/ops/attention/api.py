@@ -216,9 +216,10 @@ def _check(
         _checks.shape("local_k", local_k, (b, n, local_k.shape[2], hkv, d), "B, N, M, Hkv, D")  # type: ignore
         _checks.shape("local_v", local_v, local_k.shape, "the shape of local_k")
     if prefix_mask is not None:
-        if not isinstance(prefix_mask, Tensor) or prefix_mask.dtype != torch.bool:
-            kind = prefix_mask.dtype if isinstance(prefix_mask, Tensor) else type(prefix_mask).__name__
-            raise TypeError(f"prefix_mask must be a bool tensor, got {kind}")
+        if not isinstance(prefix_mask, Tensor):
+            raise TypeError(f"prefix_mask must be a bool tensor, got {type(prefix_mask).__name__}")
+        if prefix_mask.dtype != torch.bool:
+            raise TypeError(f"prefix_mask must be bool, got {prefix_mask.dtype}")
         if prefix_mask.ndim not in (1, 2):
             raise ValueError(f"prefix_mask must be [N] or [B, N], got shape {tuple(prefix_mask.shape)}")
         expected = (n,) if prefix_mask.ndim == 1 else (b, n)

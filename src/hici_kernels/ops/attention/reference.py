@@ -169,8 +169,4 @@ def backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *argu
         for total, part in zip(problem.views(sums, block), grads, strict=True):
             if total is not None:
                 total += part
-    return tuple(
-        grad_out.new_empty(0) if x is None else total.to(x.dtype)
-        for x, total in zip(problem.inputs, sums, strict=True)
-        if total is not None or x is None
-    )
+    return tuple(grad_out.new_empty(0) if total is None else total.to(grad_out.dtype) for total in sums)

@@ -1,4 +1,4 @@
-"""Multi-view statistics of all slots."""
+"""Mean, maximum, minimum, standard deviation and normalised mean of all slots."""
 
 from .api import global_stats
 

@@ -18,35 +18,45 @@ def global_stats(
     cu_segments: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Multi-view statistics of all slots, per channel.
+    """Five statistics per channel over the slots of all segments (HiCI, arXiv 2603.20843).
 
-    Formula (HiCI, arXiv 2603.20843), over the slot vectors x of all (valid) segments:
-        mean;  max;  min;  std = max(sqrt(mean((x - mean)^2)), 1e-6);  mean / max(||mean||_2, 1e-6)
-    in this order, the norm over all H channels. causal: for each segment i, over segments 0..i.
+    Formula, over the k slot vectors x that count (all M slots of every valid segment), per channel:
+        row 0: mean = sum x / k
+        row 1: max x
+        row 2: min x
+        row 3: std  = max( sqrt( sum (x - mean)^2 / k ), 1e-6 )
+        row 4: mean / max( ||mean||_2, 1e-6 ), the norm taken over the H channels
+    causal=True gives them for every segment i, over segments 0..i. Where no slot counts, all five rows are 0.
 
     Args:
-        local: [B, N, M, H].
-        causal: one set of statistics per segment.
-        valid: bool [B, N]; False = the segment is left out and never read into a result.
-        cu_segments: int32 [docs+1], B == 1: packed documents, segments before each; statistics restart at every
-            document. On the CPU its contents are checked, on a device they are trusted.
+        local: [B, N, M, H], the M slots of N segments; any strides with a contiguous last dimension.
+        causal: running statistics over segments 0..i instead of all segments.
+        valid: bool [B, N]; False = the segment is left out, its values (NaN included) are never read into a result.
+        cu_segments: int32 [docs+1] from 0 to N, B == 1: packed documents, document d owns segments
+            cu_segments[d] .. cu_segments[d+1]-1 and gets statistics of its own. Contents are trusted on a device.
         impl: implementation name, or None for the fastest that serves the call.
 
     Returns:
-        [B, 5, H]; causal [B, N, 5, H]; packed [docs, 5, H], causal [1, N, 5, H]; in local.dtype. An empty set gives 0.
-        Differentiable once in local: max and min send their gradient to the first of equal entries (in segment and
-        slot order), at the std and norm floors the gradient through them is 0. Sums are kept in float32 at least,
-        without cancellation where the mean is large. Deterministic. float32, bfloat16, float16, float64.
+        In local.dtype: [B, 5, H]; causal [B, N, 5, H]; packed [docs, 5, H]; packed and causal [1, N, 5, H], restarting
+        at every document. N = 0 and B = 0 give zeros or empty results.
+
+        Differentiable once in ``local``. max and min send their gradient to the first of equal entries in (segment,
+        slot) order. Where the std is at its floor (variance <= 1e-12) row 3 has gradient 0; where the norm is at its
+        floor it is a constant of row 4. Variances are sums of squared deviations, never a difference of large
+        numbers; accumulation in float32 (float64 for float64). Deterministic on the CPU. float32, bfloat16, float16,
+        float64. NaN or inf in a valid segment reach the statistics they belong to.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument.
     """
     _checks.tensor("local", local, "B, N, M, H")
     _checks.floats(local=local)
-    _checks.last_contiguous(local=local)
     b, n, m, h = local.shape
-    if m < 1 or h < 1:
-        raise ValueError(f"local must have at least 1 slot and 1 channel, got shape {tuple(local.shape)}")
+    if m < 1:
+        raise ValueError(f"local must have at least 1 slot per segment, got shape {tuple(local.shape)}")
+    if h < 1:
+        raise ValueError(f"local must have at least 1 channel, got shape {tuple(local.shape)}")
+    _checks.last_contiguous(local=local)
     _checks.boolean("causal", causal)
     if valid is not None:
         _checks.tensor("valid", valid, "B, N")
@@ -56,7 +66,9 @@ def global_stats(
         if valid.device != local.device:
             raise ValueError(f"valid is on {valid.device}, expected {local.device} like local")
     if cu_segments is not None:
+        _checks.offsets("cu_segments", cu_segments, n)
         if b != 1:
             raise ValueError(f"cu_segments needs batch 1 (packed documents), got local with batch {b}")
-        _checks.offsets("cu_segments", cu_segments, n)
+        if cu_segments.device != local.device:
+            raise ValueError(f"cu_segments is on {cu_segments.device}, expected {local.device} like local")
     return global_stats_forward(local, causal, valid, cu_segments, check_impl(impl))

@@ -10,16 +10,15 @@ from ..._dispatch import select
 from ..._library import register, register_gradient
 
 ARGUMENTS = "Tensor local, bool causal, Tensor? valid, Tensor? cu_segments, str impl"
-NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
 
 
-def _select(arguments: tuple[Any, ...], impl: str) -> Any:
-    return select("global_stats", impl, dict(zip(NAMES, arguments, strict=True)))
+def _select(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str) -> Any:
+    given = {"local": local, "causal": causal, "valid": valid, "cu_segments": cu_segments}
+    return select("global_stats", impl, given)
 
 
-def _forward(*arguments: Any) -> Tensor:
-    *given, impl = arguments
-    return _select(tuple(given), impl).forward(*given)
+def _forward(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str) -> Tensor:
+    return _select(local, causal, valid, cu_segments, impl).forward(local, causal, valid, cu_segments)
 
 
 def _forward_fake(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str) -> Tensor:
@@ -29,12 +28,14 @@ def _forward_fake(local: Tensor, causal: bool, valid: Tensor | None, cu_segments
     return local.new_empty((b if cu_segments is None else cu_segments.shape[0] - 1, 5, h))
 
 
-def _backward(grad_stats: Tensor, *arguments: Any) -> Tensor:
-    *given, impl = arguments
-    return _select(tuple(given), impl).backward(grad_stats, *given)
+def _backward(
+    grad_out: Tensor, local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str
+) -> Tensor:
+    chosen = _select(local, causal, valid, cu_segments, impl)
+    return chosen.backward(grad_out, local, causal, valid, cu_segments)
 
 
-def _backward_fake(grad_stats: Tensor, local: Tensor, *rest: Any) -> Tensor:
+def _backward_fake(grad_out: Tensor, local: Tensor, *rest: Any) -> Tensor:
     return local.new_empty(local.shape)
 
 
@@ -43,13 +44,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(local, valid, cu_segments)
 
 
-def _gradient(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     local, valid, cu_segments = ctx.saved_tensors
-    return global_stats_backward(grad_stats, local, ctx.causal, valid, cu_segments, ctx.impl), None, None, None, None
+    grad = global_stats_backward(grad_out, local, ctx.causal, valid, cu_segments, ctx.impl)
+    return grad, None, None, None, None
 
 
 global_stats_forward = register("global_stats", f"({ARGUMENTS}) -> Tensor", _forward, _forward_fake)
 global_stats_backward = register(
-    "global_stats_backward", f"(Tensor grad_stats, {ARGUMENTS}) -> Tensor", _backward, _backward_fake
+    "global_stats_backward", f"(Tensor grad_out, {ARGUMENTS}) -> Tensor", _backward, _backward_fake
 )
 register_gradient("global_stats", _gradient, _setup)

@@ -1,4 +1,8 @@
-"""global_stats: the formula in eager torch."""
+"""global_stats: the formula in eager torch.
+
+Rows are summarised per segment and the summaries merged by Chan's rule, so that running statistics of any number of
+documents need no loop over segments and no difference of large sums.
+"""
 
 from __future__ import annotations
 
@@ -11,113 +15,144 @@ from ..._library import vjp
 from ...rope import working_dtype
 from ...segments import document_of
 
-STD_FLOOR = 1e-6
-NORM_FLOOR = 1e-6
+STD_FLOOR = NORM_FLOOR = 1e-6
+VARIANCE_FLOOR = STD_FLOOR**2
 
 
-class Moments(NamedTuple):
-    """Of a set of slot vectors, per channel: count [B, 1]; mean, sum of squared deviations, max, min [B, H]."""
+class Summary(NamedTuple):
+    """Statistics of sets of rows, [B, G, H] each (``count`` [B, G, 1]); values are relative to a shift per document."""
 
     count: Tensor
     mean: Tensor
-    squares: Tensor
-    largest: Tensor
-    smallest: Tensor
-
-
-def floored_sqrt(x: Tensor, floor: float) -> Tensor:
-    """max(sqrt(x), floor), with gradient 0 at and below the floor."""
-    above = x > floor**2
-    return torch.where(above, torch.where(above, x, 1.0).sqrt(), floor)
-
-
-def rows(s: Moments) -> Tensor:
-    """[B, 5, H]: mean, max, min, std, mean/||mean||; all 0 for an empty set."""
-    some = s.count > 0
-    std = floored_sqrt(s.squares / torch.where(some, s.count, 1.0), STD_FLOOR)
-    norm = floored_sqrt(s.mean.square().sum(-1, keepdim=True), NORM_FLOOR)
-    stats = torch.stack((s.mean, s.largest, s.smallest, std, s.mean / norm), 1)
-    return torch.where(some.unsqueeze(1), stats, 0.0)
-
-
-def moments(x: Tensor, valid: Tensor) -> Moments:
-    """Of all M slots of the valid segments. x [B, N, M, H], 0 where invalid; valid bool [B, N]. Two passes."""
-    b, n, m, h = x.shape
-    count = valid.sum(1, keepdim=True).to(x.dtype) * m
-    safe = torch.where(count > 0, count, 1.0)
-    mean = x.sum((1, 2)) / safe
-    inside = valid[:, :, None, None]
-    deviation = torch.where(inside, x - mean[:, None, None], 0.0)
-    flat = torch.where(inside, x, -torch.inf).reshape(b, n * m, h)
-    # argmax names the first of equal entries: the whole gradient goes there
-    largest = x.reshape(b, n * m, h).gather(1, flat.argmax(1, keepdim=True))[:, 0]
-    flat = torch.where(inside, x, torch.inf).reshape(b, n * m, h)
-    smallest = x.reshape(b, n * m, h).gather(1, flat.argmin(1, keepdim=True))[:, 0]
-    return Moments(count, mean, deviation.square().sum((1, 2)), largest, smallest)
-
-
-def union(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets: the pairwise update, which does not cancel where the mean is large."""
-    count = a.count + b.count
-    safe = torch.where(count > 0, count, 1.0)
-    delta = b.mean - a.mean
-    mean = a.mean + delta * (b.count / safe)
-    squares = a.squares + b.squares + delta.square() * (a.count * b.count / safe)
-    # strict comparison: of equal entries the earlier one stays and gets the gradient
-    take_max = (b.count > 0) & ((a.count == 0) | (b.largest > a.largest))
-    take_min = (b.count > 0) & ((a.count == 0) | (b.smallest < a.smallest))
-    return Moments(
-        count,
-        mean,
-        squares,
-        torch.where(take_max, b.largest, a.largest),
-        torch.where(take_min, b.smallest, a.smallest),
-    )
-
-
-def running(x: Tensor, valid: Tensor, first: Tensor) -> Tensor:
-    """[B, N, 5, H]: statistics of segments up to and with each, since the last one marked ``first`` [N]."""
-    b, n, _, h = x.shape
-    empty = Moments(x.new_zeros(b, 1), *(x.new_zeros(b, h) for _ in range(4)))
-    state, found = empty, []
-    for i in range(n):
-        state = Moments(*(torch.where(first[i], e, s) for e, s in zip(empty, state, strict=True)))
-        state = union(state, moments(x[:, i : i + 1], valid[:, i : i + 1]))
-        found.append(rows(state))
-    return torch.stack(found, 1) if found else x.new_zeros(b, 0, 5, h)
+    squares: Tensor  # sum of (x - mean)^2
+    top: Tensor
+    top_at: Tensor  # row number of the first maximum
+    low: Tensor
+    low_at: Tensor
 
 
 def global_stats(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None) -> Tensor:
-    """Statistics in the working dtype: [B, 5, H]; causal [B, N, 5, H]; packed [docs, 5, H]."""
-    b, n, _, h = local.shape
-    x = local.to(working_dtype(local.dtype))
-    if valid is None:
-        valid = torch.ones(b, n, dtype=torch.bool, device=x.device)
-    # an invalid segment may hold NaN: it is replaced by 0, since 0 * NaN would reach the sums
-    x = torch.where(valid[:, :, None, None], x, 0.0)
-    if cu_segments is None and not causal:
-        return rows(moments(x, valid)) if n else x.new_zeros(b, 5, h)
-    at = torch.arange(n, device=x.device)
-    cu_segments = None if cu_segments is None else cu_segments.to(x.device)
-    if cu_segments is None:
-        return running(x, valid, at == 0)
-    stats = running(x, valid, at == cu_segments.long()[document_of(cu_segments, n)])
-    if causal:
-        return stats
-    lengths, last = cu_segments.diff(), (cu_segments[1:].long() - 1).clamp(min=0)
+    """mean, max, min, max(std, 1e-6), mean / max(||mean||, 1e-6), per document; running over segments if causal."""
+    b, n, m, h = local.shape
+    if not causal and cu_segments is None:
+        # without documents or order, everything is one segment
+        keep = local.new_ones((b, n), dtype=torch.bool) if valid is None else valid
+        rows = _running(local.reshape(b, 1, n * m, h), keep.repeat_interleave(m, 1).unsqueeze(1), None)
+        return rows.squeeze(1)
+    keep = local.new_ones((b, n), dtype=torch.bool) if valid is None else valid
+    rows = _running(local, keep.unsqueeze(2).expand(b, n, m), cu_segments)
+    if causal or cu_segments is None:
+        return rows
     if n == 0:
-        return x.new_zeros(lengths.shape[0], 5, h)
-    return torch.where((lengths > 0)[:, None, None], stats[0, last], 0.0)
+        return local.new_zeros((cu_segments.shape[0] - 1, 5, h))
+    last = rows[0, (cu_segments[1:].long() - 1).clamp(0, n - 1)]
+    return torch.where((cu_segments.diff() > 0)[:, None, None], last, 0.0)
+
+
+def _running(local: Tensor, keep: Tensor, cu_segments: Tensor | None) -> Tensor:
+    """[B, G, 5, H] of local [B, G, R, H]: over rows with ``keep`` [B, G, R] of groups up to g of g's document."""
+    b, g, r, h = local.shape
+    if b == 0 or g == 0 or r == 0:
+        return local.new_zeros((b, g, 5, h))
+    document = _zeros(local, g) if cu_segments is None else document_of(cu_segments, g)
+    docs = 1 if cu_segments is None else cu_segments.shape[0] - 1
+    # replaced, not multiplied by 0: rows that do not count may hold NaN
+    x = torch.where(keep.unsqueeze(-1), local.to(working_dtype(local.dtype)), 0.0)
+    shift = _shift(x.detach(), keep, document, docs)
+    total = _scan(_summarise(x, keep, shift), document)
+    seen = total.count > 0
+    mean = torch.where(seen, total.mean + shift, 0.0)
+    flat = x.flatten(1, 2)
+    top = torch.where(seen, flat.gather(1, total.top_at), 0.0)
+    low = torch.where(seen, flat.gather(1, total.low_at), 0.0)
+    variance = total.squares / total.count.clamp(min=1)
+    # the inner where keeps the infinite slope of the root at 0 out of the gradient
+    flat_std = variance <= VARIANCE_FLOOR
+    std = torch.where(flat_std, STD_FLOOR, torch.where(flat_std, 1.0, variance).sqrt())
+    square = mean.square().sum(-1, keepdim=True)
+    flat_norm = square <= NORM_FLOOR**2
+    norm = torch.where(flat_norm, NORM_FLOOR, torch.where(flat_norm, 1.0, square).sqrt())
+    rows = (mean, top, low, torch.where(seen, std, 0.0), mean / norm)
+    return torch.stack(rows, 2).to(local.dtype)
+
+
+def _zeros(like: Tensor, count: int) -> Tensor:
+    return like.new_zeros(count, dtype=torch.int64)
+
+
+def _shift(x: Tensor, keep: Tensor, document: Tensor, docs: int) -> Tensor:
+    """[B, G, H]: the first row of each group's document that counts.
+
+    Deviations from a member of the set are at most as large as its spread, so neither mean nor variance loses digits
+    to a common offset.
+    """
+    b, g, r, h = x.shape
+    at = torch.arange(g * r, device=x.device).expand(b, -1)
+    at = torch.where(keep.flatten(1), at, g * r)
+    owner = document.repeat_interleave(r).expand(b, -1)
+    first = at.new_full((b, docs), g * r).scatter_reduce(1, owner, at, "amin")[:, document]
+    value = x.flatten(1, 2).gather(1, first.clamp(max=g * r - 1).unsqueeze(-1).expand(b, g, h))
+    return torch.where(value.isfinite(), value, 0.0)  # inf - inf would turn an infinite mean into NaN
+
+
+def _summarise(x: Tensor, keep: Tensor, shift: Tensor) -> Summary:
+    """Statistics of each group of rows by itself."""
+    b, g, r, h = x.shape
+    keep = keep.unsqueeze(-1)
+    count = keep.sum(2).to(x.dtype)
+    moved = torch.where(keep, x - shift.unsqueeze(2), 0.0)
+    mean = moved.sum(2) / count.clamp(min=1)
+    squares = torch.where(keep, moved - mean.unsqueeze(2), 0.0).square().sum(2)
+    values = x.detach()
+    index = torch.arange(r, device=x.device).view(1, 1, r, 1)
+    group = torch.arange(g, device=x.device).view(1, g, 1) * r
+    ends = []
+    for fill, extreme in ((-torch.inf, torch.Tensor.amax), (torch.inf, torch.Tensor.amin)):
+        masked = torch.where(keep, values, fill)
+        end = extreme(masked, 2)
+        hit = keep & ((masked == end.unsqueeze(2)) | masked.isnan())
+        # the smallest index among equals: no tie is left to the device
+        ends += [end, torch.where(hit, index, r - 1).amin(2) + group]
+    return Summary(count, mean, squares, *ends)
+
+
+def _scan(part: Summary, document: Tensor) -> Summary:
+    """Running merge along dim 1, restarting where the document changes: after s doublings, group g holds the last
+    2^s groups up to g of its document."""
+    step, g = 1, part.mean.shape[1]
+    while step < g:
+        left, right = (Summary(*(t[:, at] for t in part)) for at in (slice(None, -step), slice(step, None)))
+        same = (document[step:] == document[:-step]).view(1, -1, 1)
+        both = zip(part, _merge(left, right), right, strict=True)
+        part = Summary(*(torch.cat((t[:, :step], torch.where(same, new, old)), 1) for t, new, old in both))
+        step *= 2
+    return part
+
+
+def _merge(left: Summary, right: Summary) -> Summary:
+    """Statistics of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the left one comes first."""
+    count = left.count + right.count
+    share = right.count / count.clamp(min=1)
+    gap = right.mean - left.mean
+    mean = left.mean + gap * share
+    squares = left.squares + right.squares + gap.square() * (left.count * share)
+    higher = (right.top > left.top) | (right.top.isnan() & ~left.top.isnan())
+    lower = (right.low < left.low) | (right.low.isnan() & ~left.low.isnan())
+    return Summary(
+        count,
+        mean,
+        squares,
+        torch.where(higher, right.top, left.top),
+        torch.where(higher, right.top_at, left.top_at),
+        torch.where(lower, right.low, left.low),
+        torch.where(lower, right.low_at, left.low_at),
+    )
 
 
 def forward(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None) -> Tensor:
     with torch.no_grad():
-        return global_stats(local, causal, valid, cu_segments).to(local.dtype)
+        return global_stats(local, causal, valid, cu_segments)
 
 
-def backward(
-    grad_stats: Tensor, local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None
-) -> Tensor:
-    wide = grad_stats.to(working_dtype(local.dtype))
-    (grad,) = vjp(lambda x: global_stats(x, causal, valid, cu_segments), (local,), (wide,))
-    return grad
+def backward(grad_out: Tensor, local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None) -> Tensor:
+    return vjp(lambda x: global_stats(x, causal, valid, cu_segments), (local,), (grad_out,))[0]
