@@ -8,10 +8,18 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
-from . import ops
+from . import kv, nn, ops
 from .config import HGAConfig, HiCIConfig
 from .errors import ImplError, KVStoreError
-from .ops import attention, global_stats, local_slots, merge_attention
+from .ops import (
+    attention,
+    global_stats,
+    hga_attention,
+    hga_route,
+    hga_summaries,
+    local_slots,
+    merge_attention,
+)
 from .rope import Rope
 
 try:
@@ -27,7 +35,12 @@ __all__ = [
     "Rope",
     "attention",
     "global_stats",
+    "hga_attention",
+    "hga_route",
+    "hga_summaries",
+    "kv",
     "local_slots",
     "merge_attention",
+    "nn",
     "ops",
 ]

@@ -23,6 +23,9 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if high is not None and value > high:
         raise ValueError(f"{name} must be at most {high}, got {value}")
+    # operations take 64-bit integers; a symbolic one needs no test (and would be guarded on)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be at most {2**63 - 1}, got {value}")
 
 
 def boolean(name: str, value: Any) -> None:

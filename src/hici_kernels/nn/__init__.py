@@ -1,1 +1,17 @@
-"""Drop-in modules."""
+"""Drop-in modules with the published state-dict keys."""
+
+from .global_integrator import GlobalIntegrator
+from .hici_attention import HiCIAttention
+from .hici_cache import HiCICache, SegmentCache, TokenCache
+from .local_constructor import LocalConstructor
+from .norm import RMSNorm
+
+__all__ = [
+    "GlobalIntegrator",
+    "HiCIAttention",
+    "HiCICache",
+    "LocalConstructor",
+    "RMSNorm",
+    "SegmentCache",
+    "TokenCache",
+]

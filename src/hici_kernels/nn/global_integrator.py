@@ -119,6 +119,8 @@ class GlobalIntegrator(nn.Module):
         Returns:
             [B, K, H]; [B, N, K, H] if causal or packed (every segment then carries its document's slots).
         """
+        _checks.tensor("local", local, "B, N, M, H")
+        _checks.shape("local", local, (*local.shape[:3], self.hidden_size), "B, N, M, hidden_size")
         stats = global_stats(local, causal=causal, valid=valid, cu_segments=cu_segments, impl=self.impl)
         slots = self.compress(stats)
         if cu_segments is not None and not causal:
@@ -131,10 +133,10 @@ class GlobalIntegrator(nn.Module):
             z = torch.stack([f(stats[..., r, :]) for r, f in enumerate(self.stat_compressors)], -2)
         else:
             z = self._shared(stats)
-        lead = stats.shape[:-2]
-        q = self._heads(self.q_proj(self.global_queries)).expand(*lead, -1, -1, -1)
+        q = self._heads(self.q_proj(self.global_queries))
         k, v = self._heads(self.k_proj(z)), self._heads(self.v_proj(z))
-        o = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # [..., heads, K, 5]
+        o = (p @ v).transpose(-3, -2).flatten(-2)
         return F.softplus(self.expand_scale_param) * self.expand(self.o_proj(o))
 
     def _heads(self, x: Tensor) -> Tensor:

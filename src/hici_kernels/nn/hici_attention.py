@@ -159,22 +159,27 @@ class HiCIAttention(nn.Module):
                 raise TypeError(f"cache must come from new_cache() of this layer, got {type(cache).__name__}")
             cache.check(hidden.shape[0], self)
         mask = None if attention_mask is None else attention_mask != 0
+        if mask is not None and self.config.empty != "uniform" and torch.is_grad_enabled():
+            # the projections' weight gradients are sums over all columns, and 0 * NaN of a masked one would reach them
+            hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
         if positions is None:
             positions = self._default_positions(hidden, cu_seqlens, cache)
         if isinstance(cache, SegmentCache):
             return extend(self, cache, hidden, positions, mask)
         q, k, v = self.project(hidden, positions)
+        # the cache counts a call only once nothing can fail any more
         if isinstance(cache, TokenCache) and not cache.empty:
             keys, values, seen = cache.stage(k, v, mask)
-            context = attention(q, keys, values, attention_mask=seen, impl=self.impl)
+            out = self.o_proj(attention(q, keys, values, attention_mask=seen, impl=self.impl).flatten(-2))
             cache.commit(hidden.shape[1], mask)
-        else:
-            context, local, valid = self._prefill(_Tokens(hidden, q, k, v, mask), cu_seqlens, total_segments)
-            if isinstance(cache, TokenCache):
-                cache.start(*self._prompt_slots(local, valid))
-                cache.stage(k, v, mask)
-                cache.commit(hidden.shape[1], mask)
-        return self.o_proj(context.flatten(-2))
+            return out
+        context, local, valid = self._prefill(_Tokens(hidden, q, k, v, mask), cu_seqlens, total_segments)
+        out = self.o_proj(context.flatten(-2))
+        if isinstance(cache, TokenCache):
+            cache.start(*self._prompt_slots(local, valid))
+            cache.stage(k, v, mask)
+            cache.commit(hidden.shape[1], mask)
+        return out
 
     def _check_packed(
         self,
@@ -329,7 +334,8 @@ class HiCIAttention(nn.Module):
             tokens.k,
             tokens.v,
             segment_len=segment_len,
-            recurrence_len=self.config.recurrence_len,
+            # with num_segments a short text has segments shorter than recurrence_len: all of the previous one is seen
+            recurrence_len=min(self.config.recurrence_len, segment_len),
             global_k=global_kv[0],
             global_v=global_kv[1],
             local_k=local_kv[0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ class HiCICache:
             raise ValueError(f"cache holds {self.batch} rows, expected {batch} like hidden")
         if layer.config != self.config:
             raise ValueError("cache was made for another config than that of this layer")
+        held, wanted = self._sizes(), (layer.hidden_size, layer.num_kv_heads, layer.head_dim)
+        if any(x is not None and x != y for x, y in zip(held, wanted, strict=True)):
+            raise ValueError(
+                f"cache was filled by another layer: hidden_size, num_kv_heads, head_dim must be {wanted}, got {held}"
+            )
+
+    def _sizes(self) -> tuple[int | None, int | None, int | None]:
+        """hidden_size, num_kv_heads, head_dim of the buffers, as far as they exist."""
+        raise NotImplementedError
 
     def next_columns(self, device: torch.device) -> Tensor:
         """int64 [B] on ``device``: the column index that follows what each row has been given."""
@@ -164,8 +173,12 @@ class TokenCache(HiCICache):
         self._write(k, v, mask, at)
         n = self._used + k.shape[1]
         assert self._k is not None and self._v is not None and self._seen is not None
-        holes = self._holes or mask is not None
-        return self._k[:, :n], self._v[:, :n], self._seen[:, :n] if holes else None
+        seen = self._seen[:, :n] if self._holes or mask is not None else None
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            # copies: later calls write into the buffers, which would invalidate what autograd saved of this one
+            keys, values = torch.cat((self._k[:, : self._used], k), 1), torch.cat((self._v[:, : self._used], v), 1)
+            return keys, values, None if seen is None else seen.clone()
+        return self._k[:, :n], self._v[:, :n], seen
 
     def commit(self, columns: int, mask: Tensor | None) -> None:
         """Count the ``columns`` staged last."""
@@ -175,6 +188,9 @@ class TokenCache(HiCICache):
         self._prompt = torch.where(self._prompt < 0, self._lengths, self._prompt)
         self._used += columns
         self._holes = self._holes or mask is not None
+
+    def _sizes(self) -> tuple[int | None, int | None, int | None]:
+        return (None, None, None) if self._k is None else (None, *self._k.shape[2:])
 
     def _write(self, k: Tensor, v: Tensor, mask: Tensor | None, column: Tensor) -> None:
         n, t = self._used, k.shape[1]
@@ -188,7 +204,7 @@ class TokenCache(HiCICache):
     def _reserve(self, k: Tensor, v: Tensor, needed: int) -> None:
         old = (self._k, self._v, self._seen, self._column)
         capacity = 0 if self._k is None else self._k.shape[1]
-        if needed <= capacity:
+        if self._k is not None and needed <= capacity:
             return
         size = max(needed, 2 * capacity)
         shape = (self.batch, size, *k.shape[2:])
@@ -283,6 +299,27 @@ class SegmentCache(HiCICache):
         self.mean, self.squares, self.largest, self.smallest = (
             torch.zeros(b, h, dtype=statistics, device=device) for _ in range(4)
         )
+
+    def _sizes(self) -> tuple[int | None, int | None, int | None]:
+        return (self.hidden.shape[2], *self.k.shape[2:]) if self.allocated else (None, None, None)
+
+    def snapshot(self, closes: bool) -> dict[str, Any]:
+        """What :meth:`restore` needs to undo a call; ``closes`` = the call fills a segment.
+
+        Until a segment is closed, buffers are only written behind the filled part, where nobody reads.
+        """
+        small = ("_lengths", "_columns", "filled", "has_history")
+        return {
+            name: x.clone() if isinstance(x, Tensor) and (closes or name in small) else x
+            for name, x in vars(self).items()
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        vars(self).clear()
+        vars(self).update(saved)
+        if self.allocated:
+            at = torch.arange(self.seen.shape[1])
+            self.seen &= (at < self.filled[:, None]).to(self.seen.device)
 
     def advance(self, tokens: Tensor, columns: int) -> None:
         """Count what a call has entered: ``tokens`` int64 [B], and ``columns`` for every row."""

@@ -28,6 +28,19 @@ class _Call(NamedTuple):
 
 
 def extend(layer: HiCIAttention, cache: SegmentCache, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Append tokens to every row and return their attention [B, T, H]; after an exception the cache is as before."""
+    assert layer.config.segment_len is not None
+    saved = cache.snapshot(bool((cache.filled + hidden.shape[1] >= layer.config.segment_len).any()))
+    try:
+        return _extend(layer, cache, hidden, positions, mask)
+    except BaseException:
+        cache.restore(saved)
+        raise
+
+
+def _extend(
+    layer: HiCIAttention, cache: SegmentCache, hidden: Tensor, positions: Tensor, mask: Tensor | None
+) -> Tensor:
     """Append tokens to every row and return their attention [B, T, H].
 
     A call is worked off in rounds: each row fills its own open segment, at most to its end, so that rows of different
@@ -98,14 +111,18 @@ def _attend(layer: HiCIAttention, cache: SegmentCache, piece: _Call, token: Tens
             token = torch.ones(piece.q.shape[:2], dtype=torch.bool, device=piece.q.device)
         seen = torch.cat((cache.recurrence_seen[:, :recurrence], cache.seen[:, :held], token), 1)
     slots = history and cache.slot_k.shape[1] > 0
+    slot_k, slot_v, has_history = cache.slot_k[:, None], cache.slot_v[:, None], cache.has_history[:, None]
+    if torch.is_grad_enabled():
+        # copies: closing a segment writes into the buffers, which would invalidate what autograd saved of them
+        slot_k, slot_v, has_history = slot_k.clone(), slot_v.clone(), has_history.clone()
     return attention(
         piece.q,
         torch.cat((cache.recurrence_k[:, :recurrence], cache.k[:, :held], piece.k), 1),
         torch.cat((cache.recurrence_v[:, :recurrence], cache.v[:, :held], piece.v), 1),
         attention_mask=seen,
-        local_k=cache.slot_k[:, None] if slots else None,
-        local_v=cache.slot_v[:, None] if slots else None,
-        prefix_mask=cache.has_history[:, None].to(piece.q.device) if slots and cache.ragged else None,
+        local_k=slot_k if slots else None,
+        local_v=slot_v if slots else None,
+        prefix_mask=has_history.to(piece.q.device) if slots and cache.ragged else None,
         impl=layer.impl,
     )
 

@@ -80,8 +80,15 @@ def block_attention(
 
     s = torch.einsum("btgrd,bngd->bgrtn", queries, keys) * scale
     s = s.masked_fill(~seen[:, None, None], -torch.inf)
-    lse = torch.logsumexp(s, -1)
-    p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
+    # shifted by the maximum, not by lse: the rounding of a large lse would reach every weight
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.exp(s - top)
+    total = weights.sum(-1, keepdim=True)
+    some = total > 0
+    total = torch.where(some, total, 1.0)
+    lse = torch.where(some, top + total.log(), -torch.inf).squeeze(-1)
+    p = weights / total
     out = torch.einsum("bgrtn,bngd->btgrd", p, values)
     return out.reshape(b, t, hq, d), lse.reshape(b, hq, t)
 

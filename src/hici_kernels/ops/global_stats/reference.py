@@ -20,9 +20,12 @@ VARIANCE_FLOOR = STD_FLOOR**2
 
 
 class Summary(NamedTuple):
-    """Statistics of sets of rows, [B, G, H] each (``count`` [B, G, 1]); values are relative to a shift per document."""
+    """Statistics of sets of rows, [B, G, H] each (``rows``: how many, [B, G, 1]).
 
-    count: Tensor
+    mean is relative to a shift per document.
+    """
+
+    rows: Tensor
     mean: Tensor
     squares: Tensor  # sum of (x - mean)^2
     top: Tensor
@@ -60,12 +63,12 @@ def _running(local: Tensor, keep: Tensor, cu_segments: Tensor | None) -> Tensor:
     x = torch.where(keep.unsqueeze(-1), local.to(working_dtype(local.dtype)), 0.0)
     shift = _shift(x.detach(), keep, document, docs)
     total = _scan(_summarise(x, keep, shift), document)
-    seen = total.count > 0
+    seen = total.rows > 0
     mean = torch.where(seen, total.mean + shift, 0.0)
     flat = x.flatten(1, 2)
     top = torch.where(seen, flat.gather(1, total.top_at), 0.0)
     low = torch.where(seen, flat.gather(1, total.low_at), 0.0)
-    variance = total.squares / total.count.clamp(min=1)
+    variance = total.squares / total.rows.clamp(min=1)
     # the inner where keeps the infinite slope of the root at 0 out of the gradient
     flat_std = variance <= VARIANCE_FLOOR
     std = torch.where(flat_std, STD_FLOOR, torch.where(flat_std, 1.0, variance).sqrt())
@@ -81,38 +84,32 @@ def _zeros(like: Tensor, count: int) -> Tensor:
 
 
 def _shift(x: Tensor, keep: Tensor, document: Tensor, docs: int) -> Tensor:
-    """[B, G, H]: the first row of each group's document that counts.
+    """[B, G, H]: the mean of the first group of each group's document that counts.
 
-    Deviations from a member of the set are at most as large as its spread, so neither mean nor variance loses digits
-    to a common offset.
+    Deviations from it are as large as the spread of the set, so neither mean nor variance loses digits to a common
+    offset; an early segment, because the sets that hold few segments are the first ones.
     """
-    b, g, r, h = x.shape
-    at = torch.arange(g * r, device=x.device).expand(b, -1)
-    at = torch.where(keep.flatten(1), at, g * r)
-    owner = document.repeat_interleave(r).expand(b, -1)
-    first = at.new_full((b, docs), g * r).scatter_reduce(1, owner, at, "amin")[:, document]
-    value = x.flatten(1, 2).gather(1, first.clamp(max=g * r - 1).unsqueeze(-1).expand(b, g, h))
-    return torch.where(value.isfinite(), value, 0.0)  # inf - inf would turn an infinite mean into NaN
+    b, g, _, h = x.shape
+    count = keep.sum(2)
+    at = torch.where(count > 0, torch.arange(g, device=x.device), g)
+    first = at.new_full((b, docs), g).scatter_reduce(1, document.expand(b, g), at, "amin")[:, document]
+    mean = x.sum(2) / count.clamp(min=1).unsqueeze(-1)
+    return mean.gather(1, first.clamp(max=g - 1).unsqueeze(-1).expand(b, g, h))
 
 
 def _summarise(x: Tensor, keep: Tensor, shift: Tensor) -> Summary:
     """Statistics of each group of rows by itself."""
-    b, g, r, h = x.shape
+    _, g, r, _ = x.shape
     keep = keep.unsqueeze(-1)
     count = keep.sum(2).to(x.dtype)
     moved = torch.where(keep, x - shift.unsqueeze(2), 0.0)
     mean = moved.sum(2) / count.clamp(min=1)
     squares = torch.where(keep, moved - mean.unsqueeze(2), 0.0).square().sum(2)
-    values = x.detach()
-    index = torch.arange(r, device=x.device).view(1, 1, r, 1)
     group = torch.arange(g, device=x.device).view(1, g, 1) * r
     ends = []
-    for fill, extreme in ((-torch.inf, torch.Tensor.amax), (torch.inf, torch.Tensor.amin)):
-        masked = torch.where(keep, values, fill)
-        end = extreme(masked, 2)
-        hit = keep & ((masked == end.unsqueeze(2)) | masked.isnan())
-        # the smallest index among equals: no tie is left to the device
-        ends += [end, torch.where(hit, index, r - 1).amin(2) + group]
+    for fill, extreme in ((-torch.inf, torch.max), (torch.inf, torch.min)):
+        end, at = extreme(torch.where(keep, x.detach(), fill), 2)  # torch documents: the first of equal entries
+        ends += [end, at + group]
     return Summary(count, mean, squares, *ends)
 
 
@@ -131,11 +128,11 @@ def _scan(part: Summary, document: Tensor) -> Summary:
 
 def _merge(left: Summary, right: Summary) -> Summary:
     """Statistics of the union of two disjoint sets (Chan, Golub and LeVeque 1979); the left one comes first."""
-    count = left.count + right.count
-    share = right.count / count.clamp(min=1)
+    count = left.rows + right.rows
+    share = right.rows / count.clamp(min=1)
     gap = right.mean - left.mean
     mean = left.mean + gap * share
-    squares = left.squares + right.squares + gap.square() * (left.count * share)
+    squares = left.squares + right.squares + gap.square() * (left.rows * share)
     higher = (right.top > left.top) | (right.top.isnan() & ~left.top.isnan())
     lower = (right.low < left.low) | (right.low.isnan() & ~left.low.isnan())
     return Summary(

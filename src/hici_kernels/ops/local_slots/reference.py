@@ -33,8 +33,11 @@ def segment_slots(
     s = torch.einsum("bmhd,blhd->bhml", q, k) * (e // num_heads) ** -0.5
     if mask is not None:
         s = s.masked_fill(~mask[:, None, None], -torch.inf)
-    lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse))
+    # shifted by the maximum, not by the log-sum-exp: the rounding of a large one would reach every weight
+    top = s.detach().amax(-1, keepdim=True)
+    p = torch.exp(s - torch.where(top == -torch.inf, 0.0, top))
+    total = p.sum(-1, keepdim=True)
+    p = p / torch.where(total > 0, total, 1.0)
     return torch.einsum("bhml,blhd->bmhd", p, v).reshape(b, m, e)
 
 

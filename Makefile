@@ -1,0 +1,52 @@
+# Everything from a fresh clone with Python >= 3.10: `make demo` shows it, `make test` proves it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# what `make demo ARGS="--context 4096"` hands to the program
+ARGS ?=
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/.installed
+# one thread per test process: the processes already fill the machine
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+.PHONY: demo test fast slow lint wheel install clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	@$(BIN)/hici demo $(ARGS)
+
+test: fast slow
+
+fast: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+slow: $(STAMP)
+	$(PYTEST) -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --outdir dist .
+
+install: $(STAMP)
+
+# torch first and by its exact version: as a mere dependency, pip may choose a build that brings gigabytes of GPU
+# libraries. A CPU build is taken where pip's own configuration offers one.
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc build_backend -type f 2>/dev/null)
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch (a few minutes, depending on the network)"
+	@$(PIP) torch==2.13.0
+	@echo "Building and installing hici-kernels"
+	@$(PIP) --editable '.[charts,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist src/*.egg-info src/hici_kernels/libhici_native.so .pytest_cache .hypothesis .ruff_cache .mypy_cache

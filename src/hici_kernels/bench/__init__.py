@@ -1,0 +1,1 @@
+"""The benchmark frame: cases, correctness first, alternating timing, reports."""

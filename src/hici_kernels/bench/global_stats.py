@@ -1,0 +1,56 @@
+"""global_stats: cases.
+
+FLOPs: 6 per element (sum, maximum, minimum, deviation, square, sum). Bytes: local once, statistics out. The operation
+is bound by memory: the share of the roofline is a share of copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops.global_stats.api import global_stats
+from .case import Case, Inputs, Outputs
+from .shapes import normal
+
+
+def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: bool) -> Case:
+    size = torch.finfo(dtype).bits // 8
+
+    def call(x: Inputs, impl: str | None) -> Outputs:
+        return (global_stats(x["local"], causal=causal, impl=impl),)
+
+    def plain(x: Inputs) -> Outputs:
+        local = x["local"]
+        ends = range(1, n + 1) if causal else [n]
+        rows = []
+        for end in ends:
+            flat = local[:, :end].reshape(b, end * m, h)
+            mean = flat.mean(1)
+            std = flat.std(1, correction=0).clamp(min=1e-6)
+            unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            rows.append(torch.stack((mean, flat.amax(1), flat.amin(1), std, unit), 1))
+        return (torch.stack(rows, 1) if causal else rows[0],)
+
+    return Case(
+        op="global_stats",
+        name=name,
+        dtype=dtype,
+        shape=f"batch {b}, {n} segments, {m} slots, H {h}, {'causal' if causal else 'shared'}",
+        inputs=lambda: {"local": normal(0, b, n, m, h)},
+        call=call,
+        plain=plain,
+        flops=6 * b * n * m * h,
+        bytes=size * b * h * (n * m + 5 * (n if causal else 1)),
+        differentiable=("local",),
+    )
+
+
+def cases(suite: str) -> list[Case]:
+    real = [
+        make("4 segments of a 7B layer", 1, 4, 8, 4096, dtype, causal)
+        for dtype in (torch.float32, torch.bfloat16)
+        for causal in (False, True)
+    ]
+    if suite == "quick":
+        return real
+    return [*real, make("large", 8, 256, 8, 4096, torch.float32, False)]

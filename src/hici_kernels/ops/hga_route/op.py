@@ -1,0 +1,36 @@
+"""hga_route: schema and shapes of the torch.library operation.
+
+The first ``context`` queries only feed the maxima of routing="prefix": they are what a cache keeps of the open chunk, and
+get no route.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._dispatch import select
+from ..._library import register
+
+ARGUMENTS = (
+    "Tensor q, Tensor chunk_keys, Tensor group_keys, Tensor? positions, SymInt context, SymInt chunk_size, "
+    "SymInt keep_first, SymInt keep_last, SymInt topk_chunks, SymInt topk_groups, str routing, SymInt route_block, "
+    "str share, str impl"
+)
+NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
+
+
+def _forward(*arguments: Any) -> Tensor:
+    *given, impl = arguments
+    return select("hga_route", impl, dict(zip(NAMES, given, strict=True))).forward(*given)
+
+
+def _forward_fake(*arguments: Any) -> Tensor:
+    given = dict(zip(NAMES, arguments, strict=False))
+    b, t, hq, _ = given["q"].shape
+    return given["q"].new_empty((b, t - given["context"], hq, given["topk_groups"]), dtype=torch.int32)
+
+
+route_forward = register("hga_route", f"({ARGUMENTS}) -> Tensor", _forward, _forward_fake)

@@ -1,0 +1,87 @@
+"""Inputs and comparisons shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hici_kernels import HGAConfig, Rope
+from hici_kernels.kv.store import KVStore
+from hici_kernels.ops.hga_attention.api import HGAResult, hga_attention
+
+
+def tensors(
+    s: int,
+    *,
+    t: int | None = None,
+    b: int = 1,
+    hq: int = 4,
+    hkv: int = 2,
+    d: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roped-looking random q, k, v."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((b, s if t is None else t, hq, d), (b, s, hkv, d), (b, s, hkv, d))
+    q, k, v = (torch.randn(x, generator=g, dtype=torch.float64).to(dtype) for x in sizes)
+    return q, k, v
+
+
+def rope(d: int = 16, theta: float = 1e4) -> Rope:
+    return Rope.from_theta(theta, d)
+
+
+def small(**changes: object) -> HGAConfig:
+    """16-token chunks, and budgets that a few chunks exceed."""
+    fields = {
+        "chunk_size": 16,
+        "group_size": 4,
+        "keep_first": 1,
+        "keep_last": 1,
+        "topk_chunks": 2,
+        "topk_groups": 3,
+        "route_block": 8,
+    }
+    return HGAConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def full(q: Tensor, k: Tensor, v: Tensor, config: HGAConfig, **rest: object) -> HGAResult:
+    """out, lse and routes."""
+    arguments = {"rope": rope(q.shape[-1]), **rest}
+    return hga_attention(q, k, v, config, return_lse=True, return_routes=True, **arguments)  # type: ignore[arg-type]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T tokens by PyTorch."""
+    t, s = q.shape[1], k.shape[1]
+    mask = torch.ones(t, s, dtype=torch.bool).tril(s - t)
+    r = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(r, 2), v.repeat_interleave(r, 2)))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def store(config: HGAConfig, k: Tensor, **changes: object) -> KVStore:
+    b, _, hkv, d = k.shape
+    fields = {"rope": rope(d), "layers": 1, "kv_heads": hkv, "head_dim": d, "batch": b, "dtype": k.dtype}
+    return KVStore(config, **{**fields, "device": "cpu", **changes})  # type: ignore[arg-type]
+
+
+def feed(target: KVStore, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
+    """Outputs of calls that end at ``cuts`` and at the end."""
+    ends = sorted({*(c for c in cuts if 0 < c < k.shape[1]), k.shape[1]})
+    outs, start = [], 0
+    for end in ends:
+        columns = slice(start, end)
+        outs.append(target.attend(0, q[:, columns], k[:, columns], v[:, columns]))
+        start = end
+    return torch.cat(outs, 1)
+
+
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
+
+
+def ids(routes: Tensor) -> list[int]:
+    """The used entries of one route."""
+    return [x for x in routes.tolist() if x >= 0]

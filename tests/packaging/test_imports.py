@@ -1,0 +1,97 @@
+"""What ``import hici_kernels`` needs, gives and costs; each case in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+OPTIONAL = ("triton", "transformers", "einops", "tvm_ffi", "matplotlib", "typer")
+
+BLOCKER = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+# torch itself may probe for some of these: only what the package asks for is of interest
+import torch
+for name in [n for n in sys.modules if n.split(".")[0] in {OPTIONAL!r}]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *flags, "-c", code], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_needs_torch_only() -> None:
+    python(BLOCKER + "import hici_kernels, hici_kernels.nn, hici_kernels.ops, hici_kernels.kv")
+
+
+def test_an_operation_runs_without_the_optional_packages() -> None:
+    code = """
+import hici_kernels as hk, torch
+from hici_kernels.ops.global_stats import global_stats
+x = torch.randn(1, 2, 3, 4)
+assert torch.equal(global_stats(x), global_stats(x, impl="reference"))
+try:
+    global_stats(x, impl="cpu")
+except hk.ImplError as error:
+    assert "cannot serve global_stats" in str(error), error
+else:
+    raise SystemExit("the native library was used without apache-tvm-ffi")
+"""
+    python(BLOCKER + code)
+
+
+def test_import_loads_no_native_code() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import hici_kernels
+added = {n.split(".")[0] for n in set(sys.modules) - before}
+assert not added & {"tvm_ffi", "matplotlib", "typer", "transformers", "einops", "rich"}, added
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+assert "libhici_native" not in maps
+"""
+    python(code)
+
+
+def test_two_names_one_module() -> None:
+    code = """
+import hici, hici_kernels
+assert hici is hici_kernels
+import hici.nn, hici_kernels.nn
+assert hici.nn is hici_kernels.nn and sys.modules["hici.nn"] is hici_kernels.nn
+from hici.ops.global_stats.reference import global_stats as a
+from hici_kernels.ops.global_stats.reference import global_stats as b
+assert a is b
+"""
+    python("import sys\n" + code)
+    python("import sys\nimport hici_kernels.nn\n" + code)
+
+
+def test_works_from_any_directory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import hici_kernels; print(hici_kernels.__version__)"],
+        cwd=tmp_path, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_adds_little_to_torch() -> None:
+    def added() -> float:
+        """Seconds of ``import hici_kernels`` after torch, from the interpreter's own account of every import."""
+        lines = python("import torch; import hici_kernels", "-X", "importtime").stderr.splitlines()
+        total = next(line for line in lines if re.search(r"\|\s{1}hici_kernels$", line))
+        return int(total.split("|")[1]) / 1e6
+
+    assert statistics.median(added() for _ in range(5)) < 0.3
