@@ -39,7 +39,7 @@ def run(
     """
     chosen = _names("--op", ops, _dispatch.OPS) or list(_dispatch.OPS)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
-    (kind,) = _names("--dtype", dtype, tuple(DTYPES)) or [None]
+    kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
     _names("--suite", suite, SUITES)
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")

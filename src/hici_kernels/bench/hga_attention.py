@@ -41,11 +41,15 @@ def make(layer: Layer, b: int, s: int, config: HGAConfig, dtype: torch.dtype) ->
         )
         # the choice is made once, from the rounded numbers every side gets
         rounded = [x.to(dtype) for x in (q, k, v)]
-        found = hga_attention(*rounded, config, rope=rope, return_routes=True, impl="reference")
-        return {"q": q, "k": k, "v": v, "seen": visible(found.routes, s, config)}
+        routes = hga_attention(
+            rounded[0], rounded[1], rounded[2], config, rope=rope, return_routes=True, impl="reference"
+        ).routes
+        assert routes is not None
+        return {"q": q, "k": k, "v": v, "seen": visible(routes, s, config)}
 
     def call(x: Inputs, impl: str | None) -> Outputs:
         found = hga_attention(x["q"], x["k"], x["v"], config, rope=rope, return_lse=True, impl=impl)
+        assert found.lse is not None
         return found.out, found.lse
 
     return Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import statistics
@@ -40,7 +41,7 @@ def ceilings(dtypes: list[torch.dtype]) -> dict[str, Any]:
     found: dict[str, Any] = {"matmul_flops": {}, "matmul_size": MATMUL, "copy_bytes_per_s": _copy_rate()}
     for dtype in dtypes:
         a, b = torch.randn(2, MATMUL, MATMUL).to(dtype)
-        seconds = _best(lambda a=a, b=b: a @ b)
+        seconds = _best(functools.partial(torch.matmul, a, b))
         found["matmul_flops"][str(dtype)] = 2 * MATMUL**3 / seconds
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ def measure(
             if impls is not None:
                 sides[impl] = {"error": f"impl={impl!r} cannot serve {case.op}: {reason}", "correct": None}
             continue
-        call = whole(lambda x, impl=impl: case.call(x, impl))
+        call = whole(functools.partial(case.call, impl=impl))
         try:
             checked = check(oracle, plain, list(call(inputs)), case.dtype)
         except ImplError as refused:
@@ -50,12 +51,12 @@ def measure(
             continue
         sides[impl] = checked
         if checked["correct"]:
-            runnable[impl] = lambda call=call: call(inputs)
+            runnable[impl] = functools.partial(call, inputs)
     sides[PLAIN] = {"correct": True, "error_max": max(error(o, p) for o, p in zip(oracle, plain, strict=True))}
     if not backward:
         for name, baseline in case.baselines.items():
             sides[name] = {"correct": None, "other_work": True}
-            runnable[name] = lambda baseline=baseline: baseline(inputs)
+            runnable[name] = functools.partial(baseline, inputs)
     flops = case.flops * (7 if backward else 2) // 2  # a backward pass costs 2.5 times its forward pass
     with torch.set_grad_enabled(backward):
         for name, times in alternate(runnable, rounds).items():
