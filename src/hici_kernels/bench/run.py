@@ -43,7 +43,7 @@ def measure(
             if impls is not None:
                 sides[impl] = {"error": f"impl={impl!r} cannot serve {case.op}: {reason}", "correct": None}
             continue
-        call = whole(functools.partial(case.call, impl=impl))
+        call = whole(_named(case, impl))
         try:
             checked = check(oracle, plain, list(call(inputs)), case.dtype)
         except ImplError as refused:
@@ -77,6 +77,10 @@ def measure(
         "bytes": case.bytes,
         "sides": sides,
     }
+
+
+def _named(case: Case, impl: str) -> Callable[[Any], Outputs]:
+    return lambda x: case.call(x, impl)
 
 
 def check(oracle: list[Any], plain: list[Any], found: list[Any], dtype: torch.dtype) -> dict[str, Any]:
