@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 from . import kv, nn, ops
 from .config import HGAConfig, HiCIConfig
 from .errors import ImplError, KVStoreError
+from .kv import KVStore
 from .ops import (
     attention,
     global_stats,
@@ -31,6 +32,7 @@ __all__ = [
     "HGAConfig",
     "HiCIConfig",
     "ImplError",
+    "KVStore",
     "KVStoreError",
     "Rope",
     "attention",

@@ -1,1 +1,5 @@
 """KV history of decoding."""
+
+from .store import KVStore
+
+__all__ = ["KVStore"]

@@ -122,7 +122,7 @@ class KVStore:
         return torch.stack([layer.lengths for layer in self._layers]).amin(0)
 
     def next_columns(self, layer: int) -> Tensor:
-        """int64 [B] on the CPU: the column index that follows what each row of a layer has been given, padding counted."""
+        """int64 [B] on the CPU: the column that follows what each row of a layer has been given, padding counted."""
         self._check_open()
         _checks.integer("layer", layer, 0, self.layers - 1)
         return self._layers[layer].columns.clone()
@@ -190,7 +190,7 @@ class KVStore:
                 layer.columns[b] = 0
 
     def rewind(self, length: int, row: int | None = None) -> None:
-        """Keep the first ``length`` tokens of one row, or of every row, in every layer; later ones are as if never given.
+        """Keep the first ``length`` tokens of one row, or of every row, in all layers; as if no later one had come.
 
         Chunks that reopen lose their summaries. The next default position follows the last token kept.
 
@@ -301,7 +301,7 @@ class KVStore:
             raise ValueError(f"device_bytes is {self.device_bytes}, but {what} needs {needed} bytes")
 
     def _reserve(self, state: _Layer, appended: dict[str, Tensor], tokens: int) -> None:
-        """Make room for ``tokens`` tokens per row: the doubled capacity, or exactly enough if the cap allows no more."""
+        """Make room for ``tokens`` tokens per row: doubled capacity, or exactly enough if the cap allows no more."""
         config, held = self.config, state.column_of.shape[1]
         if tokens <= held and "k" in state.buffers:
             return
@@ -405,19 +405,20 @@ class KVStore:
         self, state: _Layer, k: Tensor, v: Tensor, place: Tensor, mask: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, length, kv_heads, D]; those of this call with their gradient."""
-        held = tuple(state.buffers[name][:, :length] for name in ("k", "v"))
-        if not torch.is_grad_enabled() or not (k.requires_grad or v.requires_grad):
+        held = state.buffers["k"][:, :length], state.buffers["v"][:, :length]
+        if not torch.is_grad_enabled():
+            return held
+        if place.shape[1] == 0 or not (k.requires_grad or v.requires_grad):
             # autograd would save a view of the buffer for q's gradient, and the next call writes into the buffer
-            return held if not torch.is_grad_enabled() else (held[0].clone(), held[1].clone())
+            return held[0].clone(), held[1].clone()
         source = torch.full((self._batch, length), -1, dtype=torch.int64)
         columns = torch.arange(place.shape[1]).expand_as(place)
         self._write(source, columns, state.lengths, place, mask)
         source = source.to(self.device)
         current = (source >= 0)[:, :, None, None]
         index = source.clamp(min=0)[:, :, None, None]
-        if place.shape[1] == 0:
-            return held[0].clone(), held[1].clone()
-        return tuple(  # type: ignore[return-value]
+        keys, values = (
             torch.where(current, x.gather(1, index.expand(-1, -1, *x.shape[2:])), old)
             for x, old in zip((k, v), held, strict=True)
         )
+        return keys, values

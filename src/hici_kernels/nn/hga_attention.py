@@ -17,7 +17,7 @@ from .norm import RMSNorm
 
 
 class HGAAttention(nn.Module):
-    """Hierarchical global attention (HGA, arXiv 2606.30709): exact attention to sinks, opened groups, window, own chunk.
+    """Hierarchical global attention (HGA, arXiv 2606.30709): exact attention to what a route shows.
 
     Formula: out = W_o hga_attention(rope(norm(W_q X)), rope(norm(W_k X)), W_v X), see :func:`hga_attention`. No weights
     beyond those of the host layer.
@@ -108,9 +108,7 @@ class HGAAttention(nn.Module):
         if cache is not None:
             context = cache.attend(self.layer_idx, q, k, v, attention_mask=attention_mask, impl=self.impl)
         else:
-            found = hga_attention(
-                q, k, v, self.config, rope=self.rope, attention_mask=attention_mask, impl=self.impl
-            )
+            found = hga_attention(q, k, v, self.config, rope=self.rope, attention_mask=attention_mask, impl=self.impl)
             assert isinstance(found, Tensor)
             context = found
         return self.o_proj(context.flatten(-2))

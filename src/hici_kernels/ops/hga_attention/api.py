@@ -49,10 +49,25 @@ def hga_attention(
     positions: Tensor | None = ...,
     attention_mask: Tensor | None = ...,
     scale: float | None = ...,
-    return_lse: bool = ...,
+    return_lse: Literal[True],
     return_routes: bool = ...,
     impl: str | None = ...,
-) -> Tensor | HGAResult: ...
+) -> HGAResult: ...
+@overload
+def hga_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: HGAConfig,
+    *,
+    rope: Rope,
+    positions: Tensor | None = ...,
+    attention_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_routes: Literal[True],
+    impl: str | None = ...,
+) -> HGAResult: ...
 def hga_attention(
     q: Tensor,
     k: Tensor,
@@ -93,11 +108,11 @@ def hga_attention(
         impl: implementation name, or None for the fastest that serves the call.
 
     Returns:
-        out [B, T, Hq, D] in q.dtype, or HGAResult(out, lse, routes): lse [B, Hq, T], natural logarithm, float32 (float64
-        for float64); routes as of :func:`hga_route`. A query that sees nothing gives 0, -inf, -1 and gradient 0. What
-        is not seen may hold NaN. Differentiable once in q, k, v, through out and lse, with routes held fixed. Sums are
-        kept in float32 at least. Deterministic. float32, bfloat16, float16, float64. Under torch.autocast, q, k, v are
-        cast to the autocast dtype. Packed documents, dropout and biases: unsupported.
+        out [B, T, Hq, D] in q.dtype, or HGAResult(out, lse, routes): lse [B, Hq, T], natural logarithm, float32
+        (float64 for float64); routes as of :func:`hga_route`. A query that sees nothing gives 0, -inf, -1 and gradient
+        0. What is not seen may hold NaN. Differentiable once in q, k, v, through out and lse, with routes held fixed.
+        Sums are kept in float32 at least. Deterministic. float32, bfloat16, float16, float64. Under torch.autocast, q,
+        k, v are cast to the autocast dtype. Packed documents, dropout and biases: unsupported.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument.

@@ -29,7 +29,9 @@ def _select(given: list[Any], impl: str) -> Any:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, impl = arguments
-    return _select(given, impl).forward(*given)
+    # q, k, v have the autocast dtype already; inside, it would lower the float32 sums
+    with torch.autocast(given[0].device.type, enabled=False):
+        return _select(given, impl).forward(*given)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +44,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *given, impl = arguments
-    return _select(given, impl).backward(grad_out, grad_lse, out, lse, *given)
+    with torch.autocast(grad_out.device.type, enabled=False):
+        return _select(given, impl).backward(grad_out, grad_lse, out, lse, *given)
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Any:

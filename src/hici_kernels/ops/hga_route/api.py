@@ -34,8 +34,8 @@ def hga_route(
         "prefix"   every score is its maximum over the queries of this call that lie in the same chunk, up to t.
                    Depends on no later query.
         "block"    the authors' rule. The queries of a row are cut into blocks: from its first query of this call, of at
-                   most route_block queries, ending at chunk ends. Per block, picks and materialised groups come from the
-                   maximum score over the whole block, later queries included (this is the leak); query t opens a
+                   most route_block queries, ending at chunk ends. Per block, picks and materialised groups come from
+                   the maximum score over the whole block, later queries included (this is the leak); query t opens a
                    materialised group if it or an earlier query of the block has the group among its own
                    topk_groups // 2 best candidates and its chunk among its own topk_chunks best. With W = 0, chunk
                    n - 1 is visible to every query of the block.
@@ -65,7 +65,7 @@ def hga_route(
     _checks.tensor("q", q, "B, T, Hq, D")
     _checks.tensor("chunk_keys", chunk_keys, "B, n, Hkv, D")
     _checks.tensor("group_keys", group_keys, "B, n, M, Hkv, D")
-    b, t, hq, d = q.shape
+    b, _, hq, d = q.shape
     n, hkv = chunk_keys.shape[1], chunk_keys.shape[2]
     _checks.shape("chunk_keys", chunk_keys, (b, n, hkv, d), "B, n, Hkv, D")
     _checks.shape("group_keys", group_keys, (b, n, config.groups_per_chunk, hkv, d), "B, n, M, Hkv, D")

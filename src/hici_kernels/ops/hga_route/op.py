@@ -1,7 +1,7 @@
 """hga_route: schema and shapes of the torch.library operation.
 
-The first ``context`` queries only feed the maxima of routing="prefix": they are what a cache keeps of the open chunk, and
-get no route.
+The first ``context`` queries only feed the maxima of routing="prefix": they are what a cache keeps of the open chunk,
+and get no route.
 """
 
 from __future__ import annotations

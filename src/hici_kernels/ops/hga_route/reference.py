@@ -212,7 +212,7 @@ def forward(
     share: str,
 ) -> Tensor:
     """int32 [B, T - context, Hq, topk_groups]."""
-    b, t, hq, d = q.shape
+    b, t, hq, _ = q.shape
     n, hkv = chunk_keys.shape[1], chunk_keys.shape[2]
     routes = torch.full((b, t, hq, topk_groups), -1, dtype=torch.int32, device=q.device)
     if routes.numel() == 0 or n == 0 or topk_chunks == 0:
