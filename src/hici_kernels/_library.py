@@ -24,7 +24,8 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     """
 
     def contiguous(*arguments: Any) -> Any:
-        result = kernel(*arguments)
+        with _autocast_off(arguments):
+            result = kernel(*arguments)
         if isinstance(result, Tensor):
             return result.contiguous()
         return type(result)(x.contiguous() for x in result)
@@ -33,6 +34,15 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     LIB.impl(name, contiguous, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hici::{name}", fake, lib=LIB)
     return getattr(torch.ops.hici, name).default
+
+
+def _autocast_off(arguments: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The caller has cast what autocast casts; inside, it would lower the float32 sums of a kernel's own products."""
+    flat = (y for x in arguments for y in (x if isinstance(x, (list, tuple)) else (x,)))
+    kind = next((x.device.type for x in flat if isinstance(x, Tensor)), "cpu")
+    if kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import its helpers under any pytest import mode, on one thread: they are tiny operations."""
+"""Lets the tests of this folder import its helpers under any import mode, on one thread: they are tiny operations."""
 
 import sys
 from pathlib import Path

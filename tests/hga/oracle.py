@@ -79,7 +79,9 @@ def route(q: Tensor, chunks: Tensor, groups: Tensor, positions: list[int], confi
     t_count, hq, _ = q.shape
     hkv, m = chunks.shape[1], groups.shape[1]
     r = hq // hkv
-    families = [[h] for h in range(hq)] if config.share == "query" else [list(range(g * r, g * r + r)) for g in range(hkv)]
+    families = (
+        [[h] for h in range(hq)] if config.share == "query" else [list(range(g * r, g * r + r)) for g in range(hkv)]
+    )
     opened: list[list[list[int]]] = [[[] for _ in range(hq)] for _ in range(t_count)]
     for family in families:
         g = family[0] // r

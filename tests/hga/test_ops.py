@@ -36,9 +36,7 @@ def test_opcheck_route(config: HGAConfig, context: int, at: bool) -> None:
     q, k, _ = tensors(90, b=2)
     chunk_keys, group_keys = hga_summaries(k, rope=rope(), chunk_size=16, group_size=4)
     positions = torch.arange(90).expand(2, 90) if at else None
-    torch.library.opcheck(
-        OPS.hga_route.default, (q, chunk_keys, group_keys, positions, context, *budgets(config), "")
-    )
+    torch.library.opcheck(OPS.hga_route.default, (q, chunk_keys, group_keys, positions, context, *budgets(config), ""))
 
 
 PATTERNS = {

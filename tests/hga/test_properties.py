@@ -255,7 +255,7 @@ def test_p09_share_kv_gives_one_route_per_kv_head() -> None:
 
 @pytest.mark.parametrize(
     ("theta", "dim", "chunk", "expected"),
-    [(1e6, 128, 64, 23), (1e7, 128, 64, 20), (1e4, 128, 64, 34), (1e6, 64, 64, 12), (5e6, 128, 64, 21)]
+    [(1e6, 128, 64, 23), (1e7, 128, 64, 20), (1e4, 128, 64, 34), (1e6, 64, 64, 12), (5e6, 128, 64, 21)]  # noqa: RUF005
     + [(1e6, 256, 64, 45), (1e6, 128, 16, 16), (1e6, 128, 32, 20), (1e6, 128, 128, 26)],
 )
 def test_p10_cut(theta: float, dim: int, chunk: int, expected: int) -> None:

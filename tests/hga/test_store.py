@@ -57,9 +57,7 @@ def test_block_equals_the_whole_when_calls_end_at_block_ends() -> None:
 
 @pytest.mark.parametrize("routing", LEAK_FREE)
 @settings(max_examples=15, deadline=None)
-@given(
-    first=st.integers(1, 90), back=st.integers(0, 90), seed=st.integers(0, 100), cuts=st.lists(st.integers(1, 99))
-)
+@given(first=st.integers(1, 90), back=st.integers(0, 90), seed=st.integers(0, 100), cuts=st.lists(st.integers(1, 99)))
 def test_p22_rewind_then_other_data_is_a_fresh_run(
     routing: str, first: int, back: int, seed: int, cuts: list[int]
 ) -> None:

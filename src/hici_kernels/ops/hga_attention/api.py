@@ -10,7 +10,7 @@ from ... import _checks
 from ..._dispatch import check_impl
 from ...config import HGAConfig
 from ...rope import Rope
-from ..hga_route.api import budgets, check_config, check_positions
+from ..hga_route.api import budgets, check_config, check_positions, pad_routes
 from ..hga_summaries.api import check_rope
 from .op import attention_forward
 
@@ -148,7 +148,7 @@ def hga_attention(
     )
     if not return_lse and not return_routes:
         return out
-    return HGAResult(out, lse if return_lse else None, routes if return_routes else None)
+    return HGAResult(out, lse if return_lse else None, pad_routes(routes, config) if return_routes else None)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._dispatch import select
 from ..._library import register, register_gradient
 from ...rope import working_dtype
+from ..hga_route.op import width
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor inv_freq, Tensor? positions, Tensor? attention_mask, Tensor? routes, "
@@ -29,9 +30,7 @@ def _select(given: list[Any], impl: str) -> Any:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, impl = arguments
-    # q, k, v have the autocast dtype already; inside, it would lower the float32 sums
-    with torch.autocast(given[0].device.type, enabled=False):
-        return _select(given, impl).forward(*given)
+    return _select(given, impl).forward(*given)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,13 +38,17 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q = given["q"]
     b, t, hq, _ = q.shape
     lse = q.new_empty((b, hq, t), dtype=working_dtype(q.dtype))
-    return q.new_empty(q.shape), lse, q.new_empty((b, t, hq, given["topk_groups"]), dtype=torch.int32)
+    if given["routes"] is not None:
+        w = given["routes"].shape[-1]
+    else:
+        chunks = given["k"].shape[1] // given["chunk_size"]
+        w = width(given["topk_groups"], chunks, given["chunk_size"] // given["group_size"])
+    return q.new_empty(q.shape), lse, q.new_empty((b, t, hq, w), dtype=torch.int32)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *given, impl = arguments
-    with torch.autocast(grad_out.device.type, enabled=False):
-        return _select(given, impl).backward(grad_out, grad_lse, out, lse, *given)
+    return _select(given, impl).backward(grad_out, grad_lse, out, lse, *given)
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Any:

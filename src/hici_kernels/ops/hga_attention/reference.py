@@ -134,7 +134,7 @@ def forward(
     share: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, T, Hq, D], lse [B, Hq, T], routes [B, T, Hq, topk_groups])."""
+    """(out [B, T, Hq, D], lse [B, Hq, T], routes [B, T, Hq, w])."""
     b, t, hq, _ = q.shape
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((b, hq, t), -torch.inf, dtype=working_dtype(q.dtype), device=q.device)

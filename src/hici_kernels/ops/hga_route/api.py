@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import _checks
 from ..._dispatch import check_impl
@@ -75,9 +76,15 @@ def hga_route(
     if d < 1:
         raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
     check_positions(positions, q)
-    return route_forward(
+    routes = route_forward(
         q.detach(), chunk_keys.detach(), group_keys.detach(), positions, 0, *budgets(config), check_impl(impl)
     )
+    return pad_routes(routes, config)
+
+
+def pad_routes(routes: Tensor, config: HGAConfig) -> Tensor:
+    """The operation returns as many entries as the text can fill; -1 up to the budget."""
+    return F.pad(routes, (0, config.topk_groups - routes.shape[-1]), value=-1)
 
 
 def check_config(config: object) -> None:

@@ -22,6 +22,11 @@ ARGUMENTS = (
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
 
 
+def width(topk_groups: int, chunks: int, groups_per_chunk: int) -> int:
+    """Entries of a route that can be used at all: a budget may be far larger than the text."""
+    return torch.sym_min(topk_groups, chunks * groups_per_chunk)
+
+
 def _forward(*arguments: Any) -> Tensor:
     *given, impl = arguments
     return select("hga_route", impl, dict(zip(NAMES, given, strict=True))).forward(*given)
@@ -30,7 +35,8 @@ def _forward(*arguments: Any) -> Tensor:
 def _forward_fake(*arguments: Any) -> Tensor:
     given = dict(zip(NAMES, arguments, strict=False))
     b, t, hq, _ = given["q"].shape
-    return given["q"].new_empty((b, t - given["context"], hq, given["topk_groups"]), dtype=torch.int32)
+    w = width(given["topk_groups"], *given["group_keys"].shape[1:3])
+    return given["q"].new_empty((b, t - given["context"], hq, w), dtype=torch.int32)
 
 
 route_forward = register("hga_route", f"({ARGUMENTS}) -> Tensor", _forward, _forward_fake)

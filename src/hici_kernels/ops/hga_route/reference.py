@@ -211,10 +211,10 @@ def forward(
     route_block: int,
     share: str,
 ) -> Tensor:
-    """int32 [B, T - context, Hq, topk_groups]."""
+    """int32 [B, T - context, Hq, min(topk_groups, n M)]."""
     b, t, hq, _ = q.shape
     n, hkv = chunk_keys.shape[1], chunk_keys.shape[2]
-    routes = torch.full((b, t, hq, topk_groups), -1, dtype=torch.int32, device=q.device)
+    routes = torch.full((b, t, hq, min(topk_groups, n * group_keys.shape[2])), -1, dtype=torch.int32, device=q.device)
     if routes.numel() == 0 or n == 0 or topk_chunks == 0:
         return routes[:, context:]
     with torch.no_grad():
