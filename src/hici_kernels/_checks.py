@@ -90,6 +90,22 @@ def heads(q_name: str, hq: int, kv_name: str, hkv: int) -> None:
         raise ValueError(f"{q_name} has {hq} heads, expected a multiple of the {hkv} heads of {kv_name}")
 
 
+def qkv(q: Any, k: Any, v: Any) -> None:
+    """q [B, T, Hq, D], k and v [B, S, Hkv, D] of one dtype and device."""
+    tensor("q", q, "B, T, Hq, D")
+    tensor("k", k, "B, S, Hkv, D")
+    tensor("v", v, "B, S, Hkv, D")
+    b, _, hq, d = q.shape
+    s, hkv = k.shape[1], k.shape[2]
+    shape("k", k, (b, s, hkv, d), "B, S, Hkv, D")
+    shape("v", v, (b, s, hkv, d), "B, S, Hkv, D like k")
+    heads("q", hq, "k", hkv)
+    if d < 1:
+        raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
+    floats(q=q, k=k, v=v)
+    last_contiguous(q=q, k=k, v=v)
+
+
 def token_mask(name: str, value: Any, batch: int, length: int, device: torch.device) -> None:
     """[B, S] of bool, integer or float, 1/True = token. Contents are not read."""
     tensor(name, value, "B, S")
@@ -115,6 +131,19 @@ def offsets(name: str, value: Any, total: int) -> None:
     for before, after in itertools.pairwise(entries):
         if after < before:
             raise ValueError(f"{name} must not decrease, got {before} followed by {after}")
+
+
+def row_indices(name: str, value: Any, batch: int) -> list[int]:
+    """Row numbers 0..batch-1, from a 1-D integer tensor or a sequence of int."""
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a 1-D integer tensor, got {value.dtype} {tuple(value.shape)}")
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a sequence of int, got {type(value).__name__}")
+    for b in value:
+        integer(name, b, 0, batch - 1)
+    return list(value)
 
 
 def readable(value: Tensor) -> bool:

@@ -39,8 +39,10 @@ def test_autocast_only_casts(op: str) -> None:
         found[0].float().square().sum().backward()
         expected[0].float().square().sum().backward()
         for x, y in zip(given, low, strict=True):
-            if y.grad is not None:
-                torch.testing.assert_close(x.grad, y.grad.float(), rtol=0, atol=0)
+            if (
+                y.grad is not None
+            ):  # a tensor used twice adds its gradients in float32 on one side, bfloat16 on the other
+                torch.testing.assert_close(x.grad, y.grad.float(), rtol=0.01, atol=0.01 * float(y.grad.abs().max()))
 
 
 def test_float64_is_left_alone() -> None:

@@ -12,7 +12,6 @@ from .. import _checks
 from .._dispatch import check_impl
 from ..config import HGAConfig
 from ..errors import ImplError
-from ..ops.hga_attention.api import check_qkv
 from ..ops.hga_attention.op import attention_forward
 from ..ops.hga_route.api import budgets, check_config
 from ..ops.hga_route.op import route_forward
@@ -216,17 +215,10 @@ class KVStore:
             TypeError, ValueError: an index out of range, or device_bytes exceeded; nothing has changed then.
         """
         self._check_open()
-        if isinstance(rows, Tensor):
-            if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-                raise TypeError(f"rows must be a 1-D integer tensor, got {rows.dtype} {tuple(rows.shape)}")
-            rows = rows.tolist()
-        if not isinstance(rows, (list, tuple)):
-            raise TypeError(f"rows must be a tensor or a sequence of int, got {type(rows).__name__}")
-        for b in rows:
-            _checks.integer("rows", b, 0, self._batch - 1)
+        chosen = _checks.row_indices("rows", rows, self._batch)
         if self._batch:
-            self._check_cap(self._resident() * len(rows) // self._batch, "reorder")
-        index = torch.tensor(rows, dtype=torch.int64)
+            self._check_cap(self._resident() * len(chosen) // self._batch, "reorder")
+        index = torch.tensor(chosen, dtype=torch.int64)
         there = index.to(self.device)
         for layer in self._layers:
             layer.lengths = layer.lengths[index]
@@ -234,7 +226,7 @@ class KVStore:
             layer.column_of = layer.column_of[index]
             for name in layer.buffers:
                 layer.buffers[name] = layer.buffers[name].index_select(0, there)
-        self._batch = len(rows)
+        self._batch = len(chosen)
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction.
@@ -271,7 +263,7 @@ class KVStore:
     def _check_call(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> None:
         self._check_open()
         _checks.integer("layer", layer, 0, self.layers - 1)
-        check_qkv(q, k, v)
+        _checks.qkv(q, k, v)
         b, t, hq, _ = q.shape
         if b != self._batch:
             raise ValueError(f"q has batch {b}, expected the {self._batch} rows of the store")

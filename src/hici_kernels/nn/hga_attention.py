@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks
-from .._dispatch import check_impl
 from ..config import HGAConfig
 from ..kv.store import KVStore
 from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import check_config
 from ..rope import Rope
-from .layer_checks import check_forward, check_layer
-from .norm import RMSNorm
+from .attention_layer import AttentionLayer
+from .layer_checks import check_forward
 
 
-class HGAAttention(nn.Module):
+class HGAAttention(AttentionLayer):
     """Hierarchical global attention (HGA, arXiv 2606.30709): exact attention to what a route shows.
 
     Formula: out = W_o hga_attention(rope(norm(W_q X)), rope(norm(W_k X)), W_v X), see :func:`hga_attention`. No weights
@@ -53,20 +52,10 @@ class HGAAttention(nn.Module):
         layer_idx: int = 0,
         impl: str | None = None,
     ) -> None:
-        super().__init__()
-        check_layer(hidden_size, num_heads, num_kv_heads, head_dim, rope, qk_norm_eps)
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope, qk_norm_eps, impl)
         check_config(config)
         _checks.integer("layer_idx", layer_idx, 0)
-        check_impl(impl)
-        self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.config, self.rope, self.layer_idx, self.impl = config, rope, layer_idx, impl
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.config, self.layer_idx = config, layer_idx
 
     def forward(
         self,
@@ -99,12 +88,7 @@ class HGAAttention(nn.Module):
             at = cache.next_columns(self.layer_idx).to(hidden.device)[:, None] + at
         if positions is None:
             positions = at
-        q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rope.rotate(q, positions), self.rope.rotate(k, positions)
+        q, k, v = self.project(hidden, positions)
         if cache is not None:
             context = cache.attend(self.layer_idx, q, k, v, attention_mask=attention_mask, impl=self.impl)
         else:

@@ -6,20 +6,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, segments
-from .._dispatch import check_impl
 from ..config import LEAK_FREE_MODES, HiCIConfig
 from ..ops.attention.api import attention
 from ..ops.local_slots.api import resolve_total
 from ..rope import Rope
+from .attention_layer import AttentionLayer
 from .global_integrator import GlobalIntegrator
 from .hici_cache import HiCICache, SegmentCache, TokenCache
 from .hici_decode import extend
-from .layer_checks import check_forward, check_layer
+from .layer_checks import check_forward
 from .local_constructor import LocalConstructor
-from .norm import RMSNorm
 from .prefix import build_prefix, uses_global, uses_local, uses_slots
 
 
@@ -41,7 +40,7 @@ class _Tokens(NamedTuple):
         return self.map(lambda x: x[b : b + 1, at], None)
 
 
-class HiCIAttention(nn.Module):
+class HiCIAttention(AttentionLayer):
     """Segment attention with local and global slots (HiCI, arXiv 2603.20843).
 
     Formula, per segment i with hidden states X_i:
@@ -83,24 +82,10 @@ class HiCIAttention(nn.Module):
         qk_norm_eps: float | None = None,
         impl: str | None = None,
     ) -> None:
-        super().__init__()
-        check_layer(hidden_size, num_heads, num_kv_heads, head_dim, rope, qk_norm_eps)
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope, qk_norm_eps, impl)
         if not isinstance(config, HiCIConfig):
             raise TypeError(f"config must be a HiCIConfig, got {type(config).__name__}")
-        check_impl(impl)
-        self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = (
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-        )
-        self.config, self.rope, self.impl = config, rope, impl
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.config = config
         self.local_constructor = LocalConstructor(
             hidden_size,
             config.num_local_slots,
@@ -207,15 +192,6 @@ class HiCIAttention(nn.Module):
         if cu_seqlens is not None:
             return at - cu_seqlens[segments.document_of(cu_seqlens, s)]
         return at if cache is None else cache.next_columns(hidden.device)[:, None] + at
-
-    def project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [B, S, Hq, D], rotated k and plain v [B, S, Hkv, D] of tokens."""
-        q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.rope.rotate(q, positions), self.rope.rotate(k, positions), v
 
     def project_slots(self, slots: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values [..., Hkv, D] of slots [..., H]: no RoPE, no k_norm."""

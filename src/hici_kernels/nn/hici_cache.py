@@ -107,15 +107,8 @@ class HiCICache:
         Raises:
             TypeError, ValueError: an index out of range; nothing has changed then.
         """
-        if isinstance(rows, Tensor):
-            if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-                raise TypeError(f"rows must be a 1-D integer tensor, got {rows.dtype} {tuple(rows.shape)}")
-            rows = rows.tolist()
-        if not isinstance(rows, (list, tuple)):
-            raise TypeError(f"rows must be a tensor or a sequence of int, got {type(rows).__name__}")
-        for b in rows:
-            _checks.integer("rows", b, 0, self.batch - 1)
-        index = torch.tensor(rows, dtype=torch.int64)
+        chosen = _checks.row_indices("rows", rows, self.batch)
+        index = torch.tensor(chosen, dtype=torch.int64)
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
                 setattr(self, name, x.index_select(0, index.to(x.device)))

@@ -160,16 +160,9 @@ def _check(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    _checks.tensor("q", q, "B, T, Hq, D")
-    _checks.tensor("k", k, "B, S, Hkv, D")
-    _checks.tensor("v", v, "B, S, Hkv, D")
-    b, t, hq, d = q.shape
+    _checks.qkv(q, k, v)
+    b, t, _, d = q.shape
     s, hkv = k.shape[1], k.shape[2]
-    _checks.shape("k", k, (b, s, hkv, d), "B, S, Hkv, D")
-    _checks.shape("v", v, (b, s, hkv, d), "B, S, Hkv, D like k")
-    _checks.heads("q", hq, "k", hkv)
-    if d < 1:
-        raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
     if t > s:
         raise ValueError(f"q must have at most as many positions as k ({s}), got {t}")
     if segment_len is not None:
@@ -190,8 +183,9 @@ def _check(
     for name, x in (("global_v", global_v), ("local_v", local_v)):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    _checks.floats(q=q, k=k, v=v, global_k=global_k, global_v=global_v, local_k=local_k, local_v=local_v)
-    _checks.last_contiguous(q=q, k=k, v=v, global_k=global_k, global_v=global_v, local_k=local_k, local_v=local_v)
+    slots = {"global_k": global_k, "global_v": global_v, "local_k": local_k, "local_v": local_v}
+    _checks.floats(q=q, **slots)
+    _checks.last_contiguous(**slots)
 
     n: int | None = segments.count(s, segment_len)
     if cu_seqlens is not None:

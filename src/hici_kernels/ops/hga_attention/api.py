@@ -119,7 +119,7 @@ def hga_attention(
     """
     q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
     check_config(config)
-    check_qkv(q, k, v)
+    _checks.qkv(q, k, v)
     b, t, _, d = q.shape
     s = k.shape[1]
     if t > s:
@@ -149,19 +149,3 @@ def hga_attention(
     if not return_lse and not return_routes:
         return out
     return HGAResult(out, lse if return_lse else None, pad_routes(routes, config) if return_routes else None)
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [B, T, Hq, D], k and v [B, S, Hkv, D] of one dtype and device."""
-    _checks.tensor("q", q, "B, T, Hq, D")
-    _checks.tensor("k", k, "B, S, Hkv, D")
-    _checks.tensor("v", v, "B, S, Hkv, D")
-    b, _, hq, d = q.shape
-    s, hkv = k.shape[1], k.shape[2]
-    _checks.shape("k", k, (b, s, hkv, d), "B, S, Hkv, D")
-    _checks.shape("v", v, (b, s, hkv, d), "B, S, Hkv, D like k")
-    _checks.heads("q", hq, "k", hkv)
-    if d < 1:
-        raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
-    _checks.floats(q=q, k=k, v=v)
-    _checks.last_contiguous(q=q, k=k, v=v)
