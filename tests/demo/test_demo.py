@@ -14,7 +14,17 @@ import torch
 
 from hici_kernels import HGAConfig, Rope
 from hici_kernels.demo import counting, text
-from hici_kernels.demo.hga_part import BUDGETS, FULL_LIMIT, last_step, read_dense, read_routed, read_windows
+from hici_kernels.demo.hga_part import (
+    BUDGETS,
+    FULL_LIMIT,
+    context_gains,
+    last_step,
+    read_all_dense,
+    read_dense,
+    read_routed,
+    read_windows,
+    work_of,
+)
 from hici_kernels.demo.lm import ByteLM
 from hici_kernels.demo.run import CONTEXT_RANGE, CONTEXTS, run
 from hici_kernels.ops.hga_attention import hga_attention
@@ -240,7 +250,7 @@ def test_budgets_choose_at_both_levels() -> None:
     for budget in BUDGETS:
         c = budget.config
         assert c.topk_groups < c.topk_chunks * c.groups_per_chunk or not c.topk_groups
-    assert BUDGETS[3].config == HGAConfig()
+    assert next(b.config for b in BUDGETS if b.name == "default") == HGAConfig()
 
 
 def test_route_lists_all_groups_of_the_picked_chunks() -> None:
@@ -308,6 +318,7 @@ def _bad(tmp_path: Path, case: str) -> dict:
         "context negative": {"context": -2048},
         "context too large": {"context": CONTEXT_RANGE[1] + 1},
         "out is a file": {"out": short},
+        "json is a folder": {"json_path": tmp_path},
     }[case]
 
 
@@ -322,7 +333,8 @@ def _bad(tmp_path: Path, case: str) -> dict:
         ("context zero", "context must be between"),
         ("context negative", "context must be between"),
         ("context too large", "got 16385"),
-        ("out is a file", "out must be a folder"),
+        ("out is a file", "out must be one that can be made"),
+        ("json is a folder", "json must be a file"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, case: str, words: str) -> None:
@@ -331,6 +343,20 @@ def test_bad_input_is_one_line(tmp_path: Path, case: str, words: str) -> None:
         run(**arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_one_line_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from hici_kernels.demo import run as module
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    plan = module._plan(ByteLM.load(), None, None, True)
+    assert module._pictures(Console(width=100), plan, [], [], tmp_path) == []
+    assert "hici-kernels[charts]" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_gives_one_line_and_code_2(tmp_path: Path) -> None:
@@ -346,19 +372,43 @@ def test_command_line_gives_one_line_and_code_2(tmp_path: Path) -> None:
 def test_a_slow_machine_leaves_budgets_out_but_reads_dense() -> None:
     model = ByteLM().eval()
     streams = [text.Stream("t", bytes(range(256)) * 4, ("t",))]
+    texts = text.windows(streams, 512, 3)
+    done: list[float] = []
     with torch.no_grad():
+        dense = read_all_dense(model, texts, (256, 512), seconds=0.0, advance=lambda what, work: done.append(work))
+        assert len(dense) == 1
         rows, kept = read_windows(
             model,
-            text.windows(streams, 512, 3),
-            (256, 512),
+            texts,
+            dense,
             BUDGETS[:1],
             targets=128,
             seconds=0.0,
-            advance=lambda what, share: None,
-            keep=(256, "eighth"),
+            advance=lambda what, work: None,
+            keep=(256, BUDGETS[0].name),
         )
     assert [(r.context, r.attention, r.windows) for r in rows] == [(256, "dense", 1), (512, "dense", 1)]
     assert kept == []
+    assert sum(done) == pytest.approx(work_of(1, (256, 512), 0))
+
+
+def test_rows_are_means_over_the_same_windows() -> None:
+    model = ByteLM().eval()
+    streams = [text.Stream("t", bytes(range(251)) * 5, ("t",))]
+    texts = text.windows(streams, 512, 2)
+    with torch.no_grad():
+        dense = read_all_dense(model, texts, (256, 512), seconds=1e9, advance=lambda what, work: None)
+        rows, _ = read_windows(
+            model, texts, dense, BUDGETS[:1], targets=128, seconds=1e9, advance=lambda what, work: None
+        )
+        expected = torch.stack([model.nll(w.ids)[0, -128:] for w in texts]).double().mean()
+    assert [r.windows for r in rows] == [2] * 4
+    long = next(r for r in rows if r.context == 512 and r.attention == "dense")
+    assert long.loss == pytest.approx(float(expected), abs=1e-5)
+    short, longer = context_gains(dense, 128)
+    assert (short.context, short.gain) == (256, 0.0)
+    assert longer.loss == pytest.approx(long.loss)
+    assert longer.gain == pytest.approx(short.loss - longer.loss, abs=1e-9)
 
 
 def test_text_file_is_read_at_the_contexts_it_fills(tmp_path: Path) -> None:
