@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hici_kernels.config import HiCIConfig
@@ -205,6 +206,12 @@ def entries(directory: Path) -> list[tuple[Path, dict[str, Any], dict[str, Any]]
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found += [(directory, manifest, entry) for entry in manifest["cases"]]
     return found
+
+
+def holds(directory: Path, entry: dict[str, Any], *names: str) -> bool:
+    """Whether a case's file stores one of these tensors."""
+    with safe_open(directory / entry["file"], "pt") as file:
+        return any(name in file.keys() for name in names)  # noqa: SIM118  (a file handle, not a dict)
 
 
 def load(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> Case:
