@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..ops.attention.api import attention
 from ..segments import spans
 from .case import Case, Inputs, Outputs
-from .shapes import LLAMA2_7B, LLAMA3_8B, TINY, Layer, normal
+from .shapes import LLAMA3_8B, TINY, Layer, normal
 
 K, M = 4, 8
 
@@ -90,8 +90,4 @@ def _lse(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
 def cases(suite: str) -> list[Case]:
     if suite == "quick":
         return [make(TINY, 1, 1024, 256, torch.float32), make(TINY, 2, 1000, 256, torch.bfloat16)]
-    return [
-        make(layer, 1, 4096, 1024, dtype)
-        for layer in (LLAMA2_7B, LLAMA3_8B)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    return [make(LLAMA3_8B, 1, 1024, 256, dtype) for dtype in (torch.float32, torch.bfloat16)]

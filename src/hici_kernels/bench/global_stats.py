@@ -28,7 +28,10 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
             mean = flat.mean(1)
             std = flat.std(1, correction=0).clamp(min=1e-6)
             unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            rows.append(torch.stack((mean, flat.amax(1), flat.amin(1), std, unit), 1))
+            # amax would share the gradient among equal entries, of which bfloat16 has many; ours goes to the first
+            largest = flat.gather(1, flat.argmax(1, keepdim=True))[:, 0]
+            smallest = flat.gather(1, flat.argmin(1, keepdim=True))[:, 0]
+            rows.append(torch.stack((mean, largest, smallest, std, unit), 1))
         return (torch.stack(rows, 1) if causal else rows[0],)
 
     return Case(

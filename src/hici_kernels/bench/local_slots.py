@@ -61,4 +61,4 @@ def make(layer: Layer, b: int, s: int, segment_len: int, width: int, heads: int,
 def cases(suite: str) -> list[Case]:
     if suite == "quick":
         return [make(TINY, 2, 1000, 256, 64, 4, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return [make(LLAMA3_8B, 1, 4096, 1024, 512, 8, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [make(LLAMA3_8B, 1, 2048, 512, 512, 8, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -46,4 +46,4 @@ def make(layer: Layer, parts: int, b: int, s: int, dtype: torch.dtype) -> Case:
 def cases(suite: str) -> list[Case]:
     if suite == "quick":
         return [make(TINY, 3, 2, 512, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return [make(LLAMA3_8B, 3, 1, 2048, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [make(LLAMA3_8B, 3, 1, 512, dtype) for dtype in (torch.float32, torch.bfloat16)]
