@@ -56,4 +56,4 @@ def cases(suite: str) -> list[Case]:
     ]
     if suite == "quick":
         return real
-    return [*real, make("large", 8, 256, 8, 4096, torch.float32, False)]
+    return [*real, make("large", 2, 64, 8, 4096, torch.float32, False)]

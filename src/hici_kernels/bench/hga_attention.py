@@ -102,6 +102,4 @@ def cases(suite: str) -> list[Case]:
     small = HGAConfig(keep_first=1, keep_last=2, topk_chunks=4, topk_groups=8)
     if suite == "quick":
         return [make(TINY, 1, 1024, small, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return [
-        make(LLAMA3_8B, 1, 2048, HGAConfig(keep_first=1, keep_last=4, topk_chunks=8, topk_groups=16), torch.float32)
-    ]
+    return [make(LLAMA3_8B, 1, 1024, small, torch.float32)]

@@ -19,7 +19,6 @@ class Layer(NamedTuple):
 
 
 TINY = Layer("tiny", 256, 4, 2, 64)
-LLAMA2_7B = Layer("Llama-2-7B layer", 4096, 32, 32, 128)
 LLAMA3_8B = Layer("Llama-3-8B layer", 4096, 32, 8, 128)
 
 #: Named lists of cases. "quick": seconds, small shapes; "cpu": layers of real models at lengths a CPU can take.
