@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ class _Layer(Protocol):
     config: HiCIConfig
 
 
-class HiCICache:
+class HiCICache(ABC):
     """History of ``batch`` rows in one layer.
 
     Rows are independent and may have different lengths. A cache is made by :meth:`HiCIAttention.new_cache`, and takes
@@ -62,9 +63,9 @@ class HiCICache:
                 f"cache was filled by another layer: hidden_size, num_kv_heads, head_dim must be {wanted}, got {held}"
             )
 
+    @abstractmethod
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         """hidden_size, num_kv_heads, head_dim of the buffers, as far as they exist."""
-        raise NotImplementedError
 
     def next_columns(self, device: torch.device) -> Tensor:
         """int64 [B] on ``device``: the column index that follows what each row has been given."""
@@ -119,14 +120,14 @@ class HiCICache:
         _checks.integer("row", row, 0, self.batch - 1)
         return [row]
 
-    def _reset(self, rows: list[int]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _reset(self, rows: list[int]) -> None: ...
 
     def _rewind_limit(self, row: int) -> int:
         return 0
 
-    def _rewind(self, row: int, length: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _rewind(self, row: int, length: int) -> None: ...
 
 
 class TokenCache(HiCICache):
