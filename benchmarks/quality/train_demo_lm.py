@@ -263,6 +263,13 @@ def save_checkpoint(path: Path, model: ByteLM, optimisers: list, state: dict) ->
     part.replace(path)
 
 
+def curve(log: Path) -> dict[str, list[float]]:
+    """Training loss in nats per byte over tokens read, from the log of a run."""
+    with log.open() as f:
+        rows = list(csv.DictReader(f))
+    return {key: [float(r[key]) for r in rows if r["train_loss"]] for key in ("tokens", "train_loss")}
+
+
 def export(model: ByteLM, args: argparse.Namespace, state: dict, about: dict, held: dict[str, np.ndarray]) -> None:
     """Write the shipped files; figures that only the evaluation script can give are filled in by that script."""
     record = {
@@ -279,6 +286,7 @@ def export(model: ByteLM, args: argparse.Namespace, state: dict, about: dict, he
         "minutes": round(state["elapsed"] / 60, 1),
         "finished": state["elapsed"] >= args.minutes * 60,
         "held_out_loss_2k": round(quick_eval(model, held, 2048, 48), 4),
+        "loss_curve": curve(args.out / "loss.csv"),
     }
     model.save(args.data_dir, record)
 
