@@ -2,13 +2,12 @@
 
 FLOPs: 4 D per query head and visible (query, key) pair. Pairs of a batch row, segments of l_i tokens:
     sum_i l_i (l_i + 1) / 2 + l_i (K + M)                      (causal, without recurrence)
-Bytes: q, k, v, slots read once, out and lse written once.
+Bytes: q, k, v, slots read once, out written once.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.attention.api import attention
@@ -42,7 +41,7 @@ def make(layer: Layer, b: int, s: int, segment_len: int, dtype: torch.dtype) -> 
         }
 
     def call(x: Inputs, impl: str | None) -> Outputs:
-        return attention(**x, segment_len=segment_len, return_lse=True, impl=impl)
+        return (attention(**x, segment_len=segment_len, impl=impl),)
 
     def plain(x: Inputs) -> Outputs:
         return assembled(x, segment_len)
@@ -59,14 +58,14 @@ def make(layer: Layer, b: int, s: int, segment_len: int, dtype: torch.dtype) -> 
         call=call,
         plain=plain,
         flops=4 * layer.d * layer.hq * b * pairs(s, segment_len, K + M),
-        bytes=size * (tokens + slots) + 4 * b * layer.hq * s,
+        bytes=size * (tokens + slots),
         differentiable=("q", "k", "v", "global_k", "global_v", "local_k", "local_v"),
     )
 
 
 def assembled(x: Inputs, segment_len: int) -> Outputs:
-    """out by torch SDPA, one call per segment on concatenated keys and values; lse by the scores themselves."""
-    outs, lses = [], []
+    """torch SDPA, one call per segment on concatenated keys and values."""
+    outs = []
     for i, span in enumerate(spans(x["q"].shape[1], segment_len, None)):
         at = slice(span.start, span.stop)
         k = torch.cat((x["global_k"], x["local_k"][:, i], x["k"][:, at]), 1).transpose(1, 2)
@@ -75,16 +74,7 @@ def assembled(x: Inputs, segment_len: int) -> Outputs:
         t, n = q.shape[2], k.shape[2]
         seen = torch.ones(t, n, dtype=torch.bool).tril(n - t)
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2))
-        lses.append(_lse(q, k, seen))
-    return torch.cat(outs, 1), torch.cat(lses, 2)
-
-
-def _lse(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-    with torch.set_grad_enabled(q.requires_grad or k.requires_grad):
-        wide = q.float() if q.dtype in (torch.bfloat16, torch.float16) else q
-        keys = k.to(wide.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        s = wide @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return s.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    return (torch.cat(outs, 1),)
 
 
 def cases(suite: str) -> list[Case]:

@@ -7,6 +7,7 @@ is bound by memory: the share of the roofline is a share of copy bandwidth.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..ops.global_stats.api import global_stats
 from .case import Case, Inputs, Outputs
@@ -20,7 +21,9 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
         return (global_stats(x["local"], causal=causal, impl=impl),)
 
     def plain(x: Inputs) -> Outputs:
-        local = x["local"]
+        return statistics(x["local"], shared_ties=False)
+
+    def statistics(local: Tensor, *, shared_ties: bool) -> Outputs:
         ends = range(1, n + 1) if causal else [n]
         rows = []
         for end in ends:
@@ -28,9 +31,11 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
             mean = flat.mean(1)
             std = flat.std(1, correction=0).clamp(min=1e-6)
             unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            # amax would share the gradient among equal entries, of which bfloat16 has many; ours goes to the first
-            largest = flat.gather(1, flat.argmax(1, keepdim=True))[:, 0]
-            smallest = flat.gather(1, flat.argmin(1, keepdim=True))[:, 0]
+            if shared_ties:
+                largest, smallest = flat.amax(1), flat.amin(1)
+            else:  # amax would share the gradient among equal entries, of which bfloat16 has many; ours is the first's
+                largest = flat.gather(1, flat.argmax(1, keepdim=True))[:, 0]
+                smallest = flat.gather(1, flat.argmin(1, keepdim=True))[:, 0]
             rows.append(torch.stack((mean, largest, smallest, std, unit), 1))
         return (torch.stack(rows, 1) if causal else rows[0],)
 
@@ -45,6 +50,7 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
         flops=6 * b * n * m * h,
         bytes=size * b * h * (n * m + 5 * (n if causal else 1)),
         differentiable=("local",),
+        baselines={"amax, ties share gradient": lambda x: statistics(x["local"], shared_ties=True)},
     )
 
 

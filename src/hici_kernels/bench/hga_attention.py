@@ -1,7 +1,7 @@
 """hga_attention: cases.
 
 FLOPs: 4 D per query head and visible (query, key) pair, counted from the routes: windows, own chunk and opened groups;
-the routing itself is counted under hga_route. Bytes: q, k, v once, out and lse once.
+the routing itself is counted under hga_route. Bytes: q, k, v once, out once.
 "plain PyTorch" attends the same pairs through a mask made from the routes; dense causal SDPA does more work.
 """
 
@@ -48,9 +48,7 @@ def make(layer: Layer, b: int, s: int, config: HGAConfig, dtype: torch.dtype) ->
         return {"q": q, "k": k, "v": v, "seen": visible(routes, s, config)}
 
     def call(x: Inputs, impl: str | None) -> Outputs:
-        found = hga_attention(x["q"], x["k"], x["v"], config, rope=rope, return_lse=True, impl=impl)
-        assert found.lse is not None
-        return found.out, found.lse
+        return (hga_attention(x["q"], x["k"], x["v"], config, rope=rope, impl=impl),)
 
     return Case(
         op="hga_attention",
@@ -63,7 +61,7 @@ def make(layer: Layer, b: int, s: int, config: HGAConfig, dtype: torch.dtype) ->
         call=call,
         plain=masked,
         flops=4 * layer.d * layer.hq * b * pairs(s, config),
-        bytes=size * b * s * layer.d * 2 * (layer.hq + layer.hkv) + 4 * b * layer.hq * s,
+        bytes=size * b * s * layer.d * 2 * (layer.hq + layer.hkv),
         differentiable=("q", "k", "v"),
         baselines={"dense causal SDPA": dense},
     )
@@ -86,11 +84,7 @@ def visible(routes: torch.Tensor, s: int, config: HGAConfig) -> torch.Tensor:
 
 def masked(x: Inputs) -> Outputs:
     q, k, v = (x[n].transpose(1, 2) for n in "qkv")
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=x["seen"], enable_gqa=True).transpose(1, 2)
-    wide = q if q.dtype == torch.float64 else q.float()
-    keys = k.to(wide.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
-    s = wide @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return out, s.masked_fill(~x["seen"], -torch.inf).logsumexp(-1)
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=x["seen"], enable_gqa=True).transpose(1, 2),)
 
 
 def dense(x: Inputs) -> object:
