@@ -8,7 +8,8 @@ import torch
 from hici_cases import HIDDEN, build, close, random_layer, random_mask
 from hici_oracle import LEAK_FREE
 
-from hici_kernels import HiCIConfig
+from hici_kernels import HiCIConfig, Rope
+from hici_kernels.nn import HiCIAttention
 
 SMALL = {"num_local_slots": 2, "global_slots": 2, "num_heads": 2, "bottleneck_dim": 4, "shared_compress_dim": 2}
 RULES = ("segment", "full", "slots")
@@ -440,3 +441,28 @@ def test_random_programs(seed):
 def test_many_random_programs(block):
     for seed in range(100 + 20 * block, 120 + 20 * block):
         random_program(seed, "segment")
+
+
+@pytest.mark.parametrize("decode", ["full", "slots", "segment"])
+def test_a_rewind_to_the_present_length_changes_nothing(decode):
+    config = HiCIConfig(
+        num_local_slots=3,
+        global_slots=2,
+        num_heads=2,
+        bottleneck_dim=8,
+        shared_compress_dim=4,
+        segment_len=4,
+        decode=decode,
+    )
+    layer = HiCIAttention(16, 2, 1, 8, config, rope=Rope.from_theta(1e4, 8))
+    hidden = torch.randn(2, 9, 16)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 4:] = False  # trailing padding counts for the default positions
+    outs = []
+    for rewinds in (False, True):
+        cache = layer.new_cache(2)
+        layer(hidden[:, :6], attention_mask=mask, cache=cache)
+        if rewinds:
+            cache.rewind(4)
+        outs.append(layer(hidden[:, 6:], cache=cache))
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)

@@ -82,8 +82,9 @@ class HiCICache(ABC):
     def rewind(self, length: int, row: int | None = None) -> None:
         """Keep the first ``length`` tokens of one row, or of every row; later ones are as if never given.
 
-        The next default position follows the last token kept. decode="segment" can rewind within the open segment
-        only, decode="slots" not into the prompt (its slots have read all of it).
+        The next default position follows the last token kept; a rewind to the present length changes nothing.
+        decode="segment" can rewind within the open segment only, decode="slots" not into the prompt (its slots have
+        read all of it).
 
         Raises:
             TypeError, ValueError: length beyond what is held or can be restored; nothing has changed then.
@@ -226,7 +227,7 @@ class TokenCache(HiCICache):
         return int(self._prompt[row]) if self.config.decode == "slots" else 0
 
     def _rewind(self, row: int, length: int) -> None:
-        if self._seen is None or self._column is None:
+        if self._seen is None or self._column is None or length == int(self._lengths[row]):
             return
         tokens = self._seen[row, self._slots : self._used]
         tokens &= tokens.cumsum(0) <= length
