@@ -49,11 +49,11 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
   const ForwardPath path = forward_path(isa);
   const ForwardSchedule schedule(problem, path.tile_rows(problem));
 
-  const int64_t scratch_size = (path.forward_scratch(problem) + 63) / 64 * 64;
+  const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
   if (schedule.work < kWorthThreads) execution.threads = 1;
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, schedule.items.size()));
   const Memory scratch(workers * scratch_size);
-  const Memory partials(schedule.partials * path.tile_rows(problem) * path.partial_width(problem) * 4);
+  const Memory partials(schedule.partials * schedule.sizes.rows * path.partial_width(problem) * 4);
   const ForwardOutput output{out, lse, static_cast<float*>(partials.data())};
 
   if (ranks.some_masked()) {
@@ -61,11 +61,12 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
     std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
   }
   parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
-    path.forward(problem, schedule.items[i], output, static_cast<char*>(scratch.data()) + worker * scratch_size);
+    path.forward(problem, schedule.items[i], output, schedule.sizes,
+                 static_cast<char*>(scratch.data()) + worker * scratch_size);
   });
   if (schedule.merges.empty()) return;
   parallel(execution, schedule.merges.size(), [&](int64_t i, int) {
-    path.merge(problem, schedule.items[schedule.merges[i].first], schedule.merges[i].count, output);
+    path.merge(problem, schedule.items[schedule.merges[i].first], schedule.merges[i].count, output, schedule.sizes);
   });
 }
 

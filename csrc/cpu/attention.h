@@ -91,11 +91,16 @@ struct ForwardItem {
   int64_t partial;
 };
 
+// The most rows and keys of any item.
+struct ForwardSizes {
+  int64_t rows = 0, keys = 0;
+};
+
 // Forward state of one row: unnormalised sums, then their weight and the largest score.
 struct ForwardOutput {
   void* out;
   float* lse;
-  float* partials;  // [items with partial >= 0][rows][partial_width]
+  float* partials;  // [items with partial >= 0][sizes.rows][partial_width]
 };
 
 // Backward: which products an item computes.
@@ -138,12 +143,14 @@ struct BackwardOutput {
 
 // What a path provides.
 struct ForwardPath {
-  int64_t (*tile_rows)(const AttentionProblem&);
+  int64_t (*tile_rows)(const AttentionProblem&);  // the most rows of an item
   int64_t (*partial_width)(const AttentionProblem&);
-  int64_t (*forward_scratch)(const AttentionProblem&);
-  void (*forward)(const AttentionProblem&, const ForwardItem&, const ForwardOutput&, void* scratch);
+  int64_t (*scratch)(const AttentionProblem&, const ForwardSizes&);
+  void (*forward)(const AttentionProblem&, const ForwardItem&, const ForwardOutput&, const ForwardSizes&,
+                  void* scratch);
   // merges `count` consecutive partial sums of one tile, the first described by `item`
-  void (*merge)(const AttentionProblem&, const ForwardItem& item, int64_t count, const ForwardOutput&);
+  void (*merge)(const AttentionProblem&, const ForwardItem& item, int64_t count, const ForwardOutput&,
+                const ForwardSizes&);
 };
 
 struct BackwardPath {

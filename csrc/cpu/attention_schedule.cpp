@@ -88,22 +88,31 @@ ForwardSchedule::ForwardSchedule(const AttentionProblem& p, int64_t tile_rows) {
       const int64_t begin = s.query_begin + count * t / tiles_of, end = s.query_begin + count * (t + 1) / tiles_of;
       const int64_t keys = slots + (p.causal ? end : s.key_end) - s.key_begin;
       tiles.push_back({i, begin, end, keys});
+      sizes.rows = std::max(sizes.rows, (end - begin) * p.group()), sizes.keys = std::max(sizes.keys, keys);
       work += 2.0 * static_cast<double>(end - begin) * keys * p.heads * p.dim;
     }
   }
 
   const int64_t whole = static_cast<int64_t>(tiles.size()) * p.kv_heads;
   const int64_t wanted = whole ? (kItems + whole - 1) / whole : 1;
-  // head by head and segment by segment, so that the tiles that share keys and values run at about the same time; within
-  // a segment the long ones come first, so that the last items of all are short
-  for (int64_t h = 0; h < p.kv_heads; ++h) {
-    for (const Tile& tile : tiles) {
-      const int64_t splits = std::max<int64_t>(1, std::min(wanted, tile.keys / kSplitKeys));
-      if (splits > 1) merges.push_back({static_cast<int64_t>(items.size()), splits});
-      for (int64_t i = 0; i < splits; ++i)
+  if (wanted <= 1) {
+    // head by head and segment by segment, so that the tiles that share keys and values run at about the same time;
+    // within a segment the long ones come first, so that the last items of all are short
+    for (int64_t h = 0; h < p.kv_heads; ++h)
+      for (const Tile& tile : tiles) items.push_back({tile.segment, h, tile.begin, tile.end, 0, tile.keys, -1});
+    return;
+  }
+  // few tiles: keys are split, and the heads of one part run together, since the rows of a token's heads share a page
+  for (const Tile& tile : tiles) {
+    const int64_t splits = std::max<int64_t>(1, std::min(wanted * p.kv_heads, tile.keys / kSplitKeys));
+    const int64_t first = static_cast<int64_t>(items.size());
+    for (int64_t i = 0; i < splits; ++i)
+      for (int64_t h = 0; h < p.kv_heads; ++h)
         items.push_back({tile.segment, h, tile.begin, tile.end, tile.keys * i / splits, tile.keys * (i + 1) / splits,
-                         splits > 1 ? partials++ : -1});
-    }
+                         splits > 1 ? partials + h * splits + i : -1});
+    if (splits == 1) continue;
+    for (int64_t h = 0; h < p.kv_heads; ++h) merges.push_back({first + h, splits});
+    partials += splits * p.kv_heads;
   }
 }
 

@@ -30,6 +30,7 @@ struct ForwardSchedule {
   };
   std::vector<ForwardItem> items;
   std::vector<Merge> merges;
+  ForwardSizes sizes;
   int64_t partials = 0;
   double work = 0;  // multiplications
 };

@@ -11,7 +11,7 @@ namespace hici::cpu {
 Memory::Memory(int64_t bytes) {
   if (bytes <= 0) return;
   constexpr int64_t kPage = int64_t{1} << 21;
-  const int64_t alignment = bytes >= kPage / 2 ? kPage : 64;
+  const int64_t alignment = bytes >= 2 * kPage ? kPage : 64;
   const int64_t size = (bytes + alignment - 1) / alignment * alignment;
   data_ = std::aligned_alloc(alignment, size);
   if (!data_) throw std::bad_alloc();

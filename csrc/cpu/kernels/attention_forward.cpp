@@ -25,28 +25,30 @@ int64_t block_keys(int64_t dim) {
 
 template <class Op>
 struct Scratch {
-  int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block
+  int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block (a multiple of 32)
   Op *q, *k, *v, *p;
   float *s, *o, *top, *total, *alpha;
-  const void **k_rows, **v_rows;
+  const void **k_rows, **v_rows, **next_k_rows, **next_v_rows;
   int64_t* visible;
 
-  Scratch(const AttentionProblem& problem, Carve& carve) {
-    const int64_t dim = problem.dim, rows = tile_rows(problem);
-    depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes), block = block_keys<Op>(dim);
-    const int64_t block_depth = round_up(block, reduction<Op>::step);
+  Scratch(const AttentionProblem& problem, const ForwardSizes& sizes, Carve& carve) {
+    const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows);
+    depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
+    block = smaller(block_keys<Op>(dim), round_up(sizes.keys, 32));
     q = carve.take<Op>(rows * depth);
     k = carve.take<Op>(block * depth);
-    v = carve.take<Op>(block_depth * width);
-    s = carve.take<float>(kRows * block);
-    p = carve.take<Op>(kRows * block_depth);
+    v = carve.take<Op>(block * width);
+    s = carve.take<float>(strip_rows * block);
+    p = carve.take<Op>(strip_rows * block);
     o = carve.take<float>(rows * width);
     top = carve.take<float>(round_up(rows, kLanes));
     total = carve.take<float>(round_up(rows, kLanes));
-    alpha = carve.take<float>(round_up(kRows, kLanes));
+    alpha = carve.take<float>(round_up(strip_rows, kLanes));
     visible = carve.take<int64_t>(rows);
-    k_rows = carve.take<const void*>(round_up(block, kLanes));
-    v_rows = carve.take<const void*>(round_up(block, kLanes));
+    k_rows = carve.take<const void*>(block);
+    v_rows = carve.take<const void*>(block);
+    next_k_rows = carve.take<const void*>(block);
+    next_v_rows = carve.take<const void*>(block);
   }
 };
 
@@ -130,10 +132,11 @@ void finish(const AttentionProblem& problem, const AttentionSegment& segment, in
 }
 
 template <class T>
-void forward(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output, void* memory) {
+void forward(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
+             const ForwardSizes& sizes, void* memory) {
   using Op = typename operand<T>::type;
   Carve carve(memory);
-  Scratch<Op> scratch(problem, carve);
+  Scratch<Op> scratch(problem, sizes, carve);
   const AttentionSegment& segment = problem.segments[item.segment];
   const int64_t tokens = item.rank_end - item.rank_begin, group = problem.group(), rows = tokens * group;
   const int64_t slots = segment.slots ? problem.global.count + problem.local.count : 0;
@@ -148,17 +151,24 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
   __builtin_memset(scratch.o, 0, rows * width * sizeof(float));
   for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = -__builtin_inff(), scratch.total[r] = 0;
 
-  const T** const k_rows = reinterpret_cast<const T**>(scratch.k_rows);
-  const T** const v_rows = reinterpret_cast<const T**>(scratch.v_rows);
+  const T** k_rows = reinterpret_cast<const T**>(scratch.k_rows);
+  const T** v_rows = reinterpret_cast<const T**>(scratch.v_rows);
+  const T** next_k_rows = reinterpret_cast<const T**>(scratch.next_k_rows);
+  const T** next_v_rows = reinterpret_cast<const T**>(scratch.next_v_rows);
   tiles_begin();
-  for (int64_t j0 = item.key_begin; j0 < item.key_end; j0 += scratch.block) {
-    int64_t j1 = smaller(j0 + scratch.block, item.key_end);
-    if (problem.causal) j1 = smaller(j1, seen_keys(segment, slots, item.rank_end - 1));
-    const int64_t n = j1 - j0;
-    if (n <= 0) break;
-    key_rows<T>(problem, segment, item.kv_head, slots, j0, j1, k_rows, v_rows);
-    pack_columns(k_rows, n, problem.dim, scratch.k);
-    pack_depth(v_rows, n, problem.dim, scratch.v);
+  const int64_t visible = problem.causal ? seen_keys(segment, slots, item.rank_end - 1) : item.key_end;
+  const int64_t last = smaller(item.key_end, visible);
+  if (item.key_begin < last)
+    key_rows<T>(problem, segment, item.kv_head, slots, item.key_begin,
+                smaller(item.key_begin + scratch.block, last), k_rows, v_rows);
+  for (int64_t j0 = item.key_begin; j0 < last; j0 += scratch.block) {
+    const int64_t j1 = smaller(j0 + scratch.block, last), n = j1 - j0;
+    const int64_t next = smaller(scratch.block, last - j1);
+    if (next > 0) key_rows<T>(problem, segment, item.kv_head, slots, j1, j1 + next, next_k_rows, next_v_rows);
+    // rows of one head lie far apart, which hardware does not prefetch: values are asked for while keys are packed, and
+    // the next block's keys while values are
+    pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, n);
+    pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
     const int64_t columns = round_up(n, kLanes), block_depth = round_up(n, reduction<Op>::step);
     for (int64_t first = 0; first < rows; first += kRows) {
       const int64_t count = smaller(kRows, rows - first);
@@ -177,11 +187,13 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
       gemm<true>(count, width, used_depth, scratch.p, used_depth, scratch.v, scratch.o + first * width, width,
                  block_depth);
     }
+    swap(k_rows, next_k_rows);
+    swap(v_rows, next_v_rows);
   }
   tiles_end();
 
   if (item.partial >= 0) {
-    float* to = output.partials + item.partial * tile_rows(problem) * (width + 2);
+    float* to = output.partials + item.partial * sizes.rows * (width + 2);
     for (int64_t r = 0; r < rows; ++r, to += width + 2) {
       __builtin_memcpy(to, scratch.o + r * width, width * sizeof(float));
       to[width] = scratch.total[r], to[width + 1] = scratch.top[r];
@@ -194,10 +206,11 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
 }
 
 template <class T>
-void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output) {
+void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output,
+           const ForwardSizes& sizes) {
   const AttentionSegment& segment = problem.segments[item.segment];
   const int64_t tokens = item.rank_end - item.rank_begin, group = problem.group();
-  const int64_t width = round_up(problem.dim, kLanes), step = tile_rows(problem) * (width + 2);
+  const int64_t width = round_up(problem.dim, kLanes), step = sizes.rows * (width + 2);
   float* const base = output.partials + item.partial * step;
   for (int64_t r = 0; r < tokens * group; ++r) {
     float* const into = base + r * (width + 2);
@@ -225,24 +238,26 @@ void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t cou
 }
 
 template <class T>
-int64_t scratch_bytes(const AttentionProblem& problem) {
+int64_t scratch_bytes(const AttentionProblem& problem, const ForwardSizes& sizes) {
   Carve carve(nullptr);
-  Scratch<typename operand<T>::type>(problem, carve);
+  Scratch<typename operand<T>::type>(problem, sizes, carve);
   return carve.bytes();
 }
 
 int64_t partial_width(const AttentionProblem& problem) { return round_up(problem.dim, kLanes) + 2; }
 
-int64_t forward_scratch(const AttentionProblem& problem) {
-  return with_element(problem.element, [&](auto zero) { return scratch_bytes<decltype(zero)>(problem); });
+int64_t forward_scratch(const AttentionProblem& problem, const ForwardSizes& sizes) {
+  return with_element(problem.element, [&](auto zero) { return scratch_bytes<decltype(zero)>(problem, sizes); });
 }
 
-void forward_item(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output, void* scratch) {
-  with_element(problem.element, [&](auto zero) { forward<decltype(zero)>(problem, item, output, scratch); });
+void forward_item(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
+                  const ForwardSizes& sizes, void* scratch) {
+  with_element(problem.element, [&](auto zero) { forward<decltype(zero)>(problem, item, output, sizes, scratch); });
 }
 
-void merge_item(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output) {
-  with_element(problem.element, [&](auto zero) { merge<decltype(zero)>(problem, item, count, output); });
+void merge_item(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output,
+                const ForwardSizes& sizes) {
+  with_element(problem.element, [&](auto zero) { merge<decltype(zero)>(problem, item, count, output, sizes); });
 }
 
 }  // namespace

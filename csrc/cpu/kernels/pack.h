@@ -124,12 +124,21 @@ inline void transposed_tile(const T* const* rows, int64_t n, int64_t at, int64_t
   for (int t = 0; t < kLanes; ++t) run(t, w[t]);
 }
 
+// Asks for rows [i, i + count) of `ahead`, of which there are `total`, to come into the cache.
+template <class T>
+inline void ask_for(const T* const* ahead, int64_t i, int64_t count, int64_t total, int64_t d) {
+  for (const int64_t end = smaller(i + count, total); i < end; ++i)
+    for (int64_t at = 0; at < d; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead[i] + at, 0, 2);
+}
+
 // B with the rows as columns: B(k, j) = rows[j][k], k < d. k_total = round_up(d, step), columns = round_up(n, kLanes).
 template <class Op, class T>
-inline void pack_columns(const T* const* rows, int64_t n, int64_t d, Op* out) {
+inline void pack_columns(const T* const* rows, int64_t n, int64_t d, Op* out, const T* const* ahead = nullptr,
+                         int64_t ahead_count = 0) {
   constexpr int pair = reduction<Op>::pair;
   const int64_t k_total = round_up(d, reduction<Op>::step), columns = round_up(n, kLanes);
   for (int64_t j = 0; j < columns; j += kLanes) {
+    ask_for(ahead, j, kLanes, ahead_count, d);
     for (int64_t k = 0; k < k_total; k += kLanes * pair) {
       const int64_t present = smaller(kLanes, (k_total - k) / pair);
       Op* const to = out + packed_at<Op>(k_total, columns, k, j);
@@ -143,13 +152,15 @@ inline void pack_columns(const T* const* rows, int64_t n, int64_t d, Op* out) {
 
 // B with the rows as reduction: B(k, j) = rows[k][j], j < d. k_total = round_up(n, step), columns = round_up(d, kLanes).
 template <class Op, class T>
-inline void pack_depth(const T* const* rows, int64_t n, int64_t d, Op* out) {
+inline void pack_depth(const T* const* rows, int64_t n, int64_t d, Op* out, const T* const* ahead = nullptr,
+                       int64_t ahead_count = 0) {
   const int64_t k_total = round_up(n, reduction<Op>::step), columns = round_up(d, kLanes);
   for (int64_t p = 0; p < columns; p += kPanel) {
     const int64_t width = smaller(kPanel, columns - p);
     Op* const to = out + p * k_total;
     if constexpr (sizeof(Op) == 4) {
       for (int64_t k = 0; k < k_total; ++k) {
+        if (p == 0) ask_for(ahead, k, 1, ahead_count, d);
         for (int64_t j = 0; j < width; j += kLanes) {
           const int64_t there = smaller(kLanes, d - p - j);
           Vec v = zeros();
@@ -163,6 +174,7 @@ inline void pack_depth(const T* const* rows, int64_t n, int64_t d, Op* out) {
     } else {
 #if defined(HICI_PATH_AVX512)
       for (int64_t k = 0; k < k_total; k += 2) {
+        if (p == 0) ask_for(ahead, k, 2, ahead_count, d);
         for (int64_t j = 0; j < width; j += 2 * kLanes) {
           const int64_t there = smaller(2 * kLanes, d - p - j);
           __m512i a = no_words(), b = no_words();
@@ -183,6 +195,8 @@ inline void pack_depth(const T* const* rows, int64_t n, int64_t d, Op* out) {
     }
   }
 }
+
+// `ahead`, of pack_columns and pack_depth: rows wanted next.
 
 // A: row-major copies of the rows, ld >= d elements apart, [d, ld) zero.
 template <class Op, class T>

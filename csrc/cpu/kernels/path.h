@@ -19,6 +19,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
+template <class T>
+inline void swap(T& a, T& b) {
+  const T c = a;
+  a = b, b = c;
+}
+
 // Scratch memory, cut from one allocation: 64-byte aligned pieces.
 class Carve {
  public:
