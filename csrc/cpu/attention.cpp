@@ -1,8 +1,10 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "attention_schedule.h"
@@ -36,6 +38,18 @@ BackwardPath backward_path(Isa isa) {
 }
 
 int64_t element_size(Element e) { return e == Element::kFloat32 ? 4 : 2; }
+
+double precision(Element e) { return e == Element::kFloat32 ? 0x1p-23 : e == Element::kFloat16 ? 0x1p-10 : 0x1p-7; }
+
+// How much the rounding of the largest of these numbers can be.
+double rounding(const float* x, int64_t count) {
+  float most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(x[i]);
+    if (size <= std::numeric_limits<float>::max()) most = std::max(most, size);
+  }
+  return 0x1p-24 * most;
+}
 
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr double kWorthThreads = 2e6;
@@ -80,7 +94,8 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
 
   const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
   if (schedule.work < kWorthThreads) execution.threads = 1;
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, schedule.items.size()));
+  const int64_t most = std::max(schedule.items.size(), schedule.normalising.size());
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, most));
   const Memory scratch(workers * scratch_size);
 
   // rows kept apart: [segment][kv_head][k, v][rows][dim]
@@ -88,7 +103,14 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
   const int64_t recurrence = cut.recurrence_len, per_row = problem.segment_count * problem.kv_heads * 2 * problem.dim;
   const Memory shared_slots(shared ? per_row * problem.global.count * 4 : 0);
   const Memory carried(per_row * recurrence * 4), tail(per_row * recurrence * 4);
-  const BackwardInput input{grad_out, grad_lse, lse, out};
+
+  // weights from lse carry its rounding: a sixteenth of the element type's own is let pass
+  const int64_t rows = problem.batch * problem.heads * problem.queries;
+  const bool anew = rounding(lse, rows) > precision(problem.element) / 16 && !schedule.normalising.empty();
+  const Memory formed(anew ? 3 * rows * 4 : 0);
+  float* const first = static_cast<float*>(formed.data());
+  const Normalised own = anew ? Normalised{first, first + rows, first + 2 * rows} : Normalised{};
+  const BackwardInput input{grad_out, grad_lse, anew ? own.shift : lse, own.factor, own.delta, out};
   const BackwardOutput output{gradients,
                               static_cast<float*>(shared_slots.data()),
                               static_cast<float*>(carried.data()),
@@ -113,6 +135,12 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
     clear(v, sets * slots.count * problem.kv_heads);
   }
 
+  if (anew) {
+    parallel(execution, schedule.normalising.size(), [&](int64_t i, int worker) {
+      path.normalise(problem, schedule.normalising[i], input, own, schedule.sizes,
+                     static_cast<char*>(scratch.data()) + worker * scratch_size);
+    });
+  }
   parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
     path.backward(problem, schedule.items[i], input, output, schedule.sizes,
                   static_cast<char*>(scratch.data()) + worker * scratch_size);

@@ -126,8 +126,15 @@ struct BackwardSizes {
 
 struct BackwardInput {
   Sequence4 grad_out;
-  const float *grad_lse, *lse;
-  const void* out;  // contiguous
+  const float* grad_lse;
+  const float *shift, *factor;  // weights are exp(score - shift) * factor; factor null = 1
+  const float* delta;           // sum_j P dP; null = grad_out . out
+  const void* out;              // contiguous
+};
+
+// Where shift, factor and delta are formed anew: [batch, heads, queries].
+struct Normalised {
+  float *shift, *factor, *delta;
 };
 
 // Rows of gradients that more than one segment adds to are kept apart in float and summed in order of segments: of
@@ -156,6 +163,9 @@ struct ForwardPath {
 struct BackwardPath {
   int64_t (*block)(const AttentionProblem&);  // the larger of queries and keys per block, a multiple of both
   int64_t (*scratch)(const AttentionProblem&, const BackwardSizes&);
+  // of the queries of a kQueries item
+  void (*normalise)(const AttentionProblem&, const BackwardItem&, const BackwardInput&, const Normalised&,
+                    const BackwardSizes&, void* scratch);
   void (*backward)(const AttentionProblem&, const BackwardItem&, const BackwardInput&, const BackwardOutput&,
                    const BackwardSizes&, void* scratch);
   // after all items: rows kept apart become gradients. One kv head of one batch row.

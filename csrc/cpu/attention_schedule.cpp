@@ -144,6 +144,13 @@ BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block) {
   for (int64_t i = 0; i < p.segment_count; ++i) {
     const AttentionSegment& s = p.segments[i];
     const int64_t slots = slots_of(s), keys = slots + s.key_end - s.key_begin;
+    for (int64_t h = 0; h < p.kv_heads && keys > kExactKeys; ++h) {
+      for (int64_t t = s.query_begin; t < s.query_end; t += query_step) {
+        const int64_t end = std::min(t + query_step, s.query_end);
+        const int64_t seen = p.causal ? slots + end - s.key_begin : keys;
+        normalising.push_back({BackwardPart::kQueries, i, h, 0, seen, t, end});
+      }
+    }
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       if (whole) {
         found.push_back({static_cast<double>(s.query_end - s.query_begin) * keys,

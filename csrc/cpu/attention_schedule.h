@@ -38,7 +38,8 @@ struct ForwardSchedule {
 struct BackwardSchedule {
   BackwardSchedule(const AttentionProblem& problem, int64_t block);
 
-  std::vector<BackwardItem> items;   // long ones first
+  std::vector<BackwardItem> items;        // long ones first
+  std::vector<BackwardItem> normalising;  // kQueries items of the segments with more than kExactKeys
   std::vector<int64_t> tail_begin;   // per segment: the rank from which the next segment sees its tokens again
   BackwardSizes sizes;
   double work = 0;

@@ -2,11 +2,15 @@
 // come out as rows of keys: the left operands of dV += P^T dO and dK += dS^T Q as they stand. lse and delta then run
 // along the lanes of a vector.
 //
-//   S^T = K Q^T    P = exp(scale S - lse)    dP^T = V dO^T    dS = P (dP - delta)    delta = dO . O - grad_lse
+//   S^T = K Q^T    P = exp(scale S - m) / l    dP^T = V dO^T    dS = P (dP - delta)    delta = dO . O - grad_lse
 //   dV += P^T dO   dK += scale dS^T Q        dQ^T += scale K^T dS^T
 //
 // An item takes its query heads one after the other. For each, its queries are packed once and stay in scratch while
 // blocks of keys pass; sums over queries (dK, dV) and over keys (dQ^T) stay there too, added in order of heads and blocks.
+// (m, l) is (lse, 1) where the rounding of lse does not show in the element type. In float32, or for very large lse, it
+// does, and so does the rounding of O in delta where one key has nearly all the weight: there, maximum, sum and
+// delta = sum_j P dP of every query are formed once more (normalise), two products more.
+//
 // kKeys has few keys and may have any number of queries, so it packs each block of queries when it is used.
 
 #include "../attention.h"
@@ -30,7 +34,9 @@ template <class Op>
 struct Queries {
   // queries and output gradients as columns, and as reduction
   Op *q_columns, *do_columns, *q_depth, *do_depth;
-  float *lse, *delta;  // where all keys are in one block: grad_lse, unused
+  float *shift, *factor;  // m and 1 / l
+  float* delta;           // where all keys are in one block: minus grad_lse
+  float *lost[2];         // normalise: what the sums behind factor and delta have rounded away
   float* dqt;
 
   Queries(const AttentionProblem& problem, Carve& carve) {
@@ -40,8 +46,10 @@ struct Queries {
     do_columns = carve.take<Op>(block * depth);
     q_depth = carve.take<Op>(block * width);
     do_depth = carve.take<Op>(block * width);
-    lse = carve.take<float>(block);
+    shift = carve.take<float>(block);
+    factor = carve.take<float>(block);
     delta = carve.take<float>(block);
+    for (float*& x : lost) x = carve.take<float>(block);
     dqt = carve.take<float>(dim * block);
   }
 };
@@ -140,18 +148,20 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
   }
   if (c.all_keys) {
     for (int64_t t = 0; t < columns; ++t) to.delta[t] = 0;
-  } else {
+  } else if (!c.input.delta) {
     pack_columns(o, n, dim, x.o_columns);
     column_dots(columns, x.depth, to.do_columns, x.o_columns, to.delta);
   }
   for (int64_t t = 0; t < n; ++t) {
     const int64_t query = p.column(b, rank0 + t) - (p.keys - p.queries);
     const int64_t at = (b * p.heads + head) * p.queries + query;
-    to.lse[t] = c.all_keys ? c.input.grad_lse[at] : c.input.lse[at];
+    to.shift[t] = c.input.shift[at];
+    to.factor[t] = c.input.factor ? c.input.factor[at] : 1.0f;
+    if (c.input.delta && !c.all_keys) to.delta[t] = c.input.delta[at];
     to.delta[t] -= c.input.grad_lse[at];
   }
-  // columns of padding: weight 1 of zero keys, gradient 0
-  for (int64_t t = n; t < columns; ++t) to.lse[t] = 0, to.delta[t] = 0;
+  // columns of padding: some weight of zero keys, gradient 0
+  for (int64_t t = n; t < columns; ++t) to.shift[t] = 0, to.factor[t] = 1, to.delta[t] = 0;
 }
 
 // Rows of S and dP become P and dS; query t sees row i if t >= first + i.
@@ -169,7 +179,7 @@ void weigh(const Scratch<Op>& x, const Queries<Op>& of, int64_t keys, int64_t co
       narrow(ds + t, zeros());
     }
     for (; t < columns; t += kLanes) {
-      Vec weight = exp(sub(mul(load(s + t), factor), load(of.lse + t)));
+      Vec weight = mul(exp(sub(mul(load(s + t), factor), load(of.shift + t))), load(of.factor + t));
       Vec slope = mul(weight, sub(load(dp + t), load(of.delta + t)));
       if (t < hidden) {
         weight = keep_first(hidden - t, zeros(), weight);
@@ -181,38 +191,48 @@ void weigh(const Scratch<Op>& x, const Queries<Op>& of, int64_t keys, int64_t co
   }
 }
 
-// The same where these rows are all the keys there are: the softmax and its sums are formed anew, without the rounding of
-// lse and of the outputs, which a gradient that almost cancels would show. grad_lse [columns].
+// Which lanes of row i of a vector of queries from t on are hidden, and what they get.
+struct Causality {
+  int64_t first, t;
+  Vec operator()(int64_t i, Vec v, Vec hidden) const {
+    const int64_t n = smaller(larger(first + i - t, 0), kLanes);
+    return n == 0 ? v : n == kLanes ? hidden : keep_first(n, hidden, v);
+  }
+};
+
+// A sum down rows in four chains: the rounding of one would grow with the number of rows.
+struct RowSum {
+  Vec part[4] = {zeros(), zeros(), zeros(), zeros()};
+  void add_row(int64_t i, Vec v) { part[i & 3] = add(part[i & 3], v); }
+  Vec total() const { return add(add(part[0], part[2]), add(part[1], part[3])); }
+};
+
+// As weigh, where these rows are all the keys there are: the softmax and its sums are formed anew, without the rounding
+// of lse and of the outputs, which a gradient that almost cancels would show.
 template <class Op>
-void weigh_all(const Scratch<Op>& x, int64_t keys, int64_t columns, int64_t first, float scale, const float* grad_lse) {
+void weigh_all(const Scratch<Op>& x, const Queries<Op>& of, int64_t keys, int64_t columns, int64_t first, float scale) {
   const Vec factor = splat(scale), least = splat(-__builtin_inff());
   const int64_t ld = x.query_block;
   for (int64_t t = 0; t < columns; t += kLanes) {
-    // the first lanes do not see row i
-    const auto hidden = [&](int64_t i) { return smaller(larger(first + i - t, 0), kLanes); };
-    const auto masked = [&](int64_t i, Vec v, Vec other) {
-      const int64_t n = hidden(i);
-      return n == 0 ? v : n == kLanes ? other : keep_first(n, other, v);
-    };
+    const Causality seen{first, t};
     Vec top = least;
-    for (int64_t i = 0; i < keys; ++i) top = max(top, masked(i, mul(load(x.s + i * ld + t), factor), top));
+    for (int64_t i = 0; i < keys; ++i) top = max(top, seen(i, mul(load(x.s + i * ld + t), factor), top));
     top = where_equal(top, least, zeros(), top);
-    Vec total = zeros();
+    RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
       float* const s = x.s + i * ld + t;
-      const Vec weight = masked(i, exp(sub(mul(load(s), factor), top)), zeros());
-      total = add(total, weight);
+      const Vec weight = seen(i, exp(sub(mul(load(s), factor), top)), zeros());
+      sum.add_row(i, weight);
       store(s, weight);
     }
-    total = where_equal(total, zeros(), splat(1.0f), total);
-    Vec delta = zeros();
+    const Vec all = sum.total(), total = where_equal(all, zeros(), splat(1.0f), all);
     for (int64_t i = 0; i < keys; ++i) {
       float* const s = x.s + i * ld + t;
       const Vec weight = div(load(s), total);
-      delta = fma(weight, load(x.dp + i * ld + t), delta);
+      dot.add_row(i, mul(weight, load(x.dp + i * ld + t)));
       store(s, weight);
     }
-    delta = sub(delta, load(grad_lse + t));
+    const Vec delta = add(dot.total(), load(of.delta + t));
     for (int64_t i = 0; i < keys; ++i) {
       const Vec weight = load(x.s + i * ld + t);
       narrow(x.p + i * ld + t, weight);
@@ -261,7 +281,7 @@ void block(const Context<T>& c, int64_t j0, int64_t keys, int64_t rank0, int64_t
   const int64_t rank_of_first = c.segment.key_begin + j0 - c.slots;  // of row 0, were it a token
   const int64_t first = c.problem.causal ? rank_of_first - rank0 : -keys;
   if (c.all_keys)
-    weigh_all(x, keys, columns, first, c.problem.scale, of.lse);
+    weigh_all(x, of, keys, columns, first, c.problem.scale);
   else
     weigh(x, of, keys, columns, first, c.problem.scale);
   // padding of the reduction over queries
@@ -406,6 +426,88 @@ void backward(const AttentionProblem& problem, const BackwardItem& item, const B
   if (for_keys) write_keys(c);
 }
 
+// sum += x, with what rounding takes from it kept in `lost`, which the next call gives back.
+inline void add_exactly(float* sum, float* lost, Vec x) {
+  const Vec before = load(sum), y = sub(x, load(lost)), after = add(before, y);
+  store(lost, sub(sub(after, before), y));
+  store(sum, after);
+}
+
+// shift, factor and delta of queries [rank_begin, rank_end) from their own scores.
+template <class T>
+void normalise(const AttentionProblem& problem, const BackwardItem& item, const BackwardInput& input,
+               const Normalised& to, const BackwardSizes& sizes, void* memory) {
+  using Op = typename operand<T>::type;
+  Carve carve(memory);
+  Scratch<Op> x(problem, sizes, carve);
+  const AttentionSegment& segment = problem.segments[item.segment];
+  const int64_t slots = segment.slots ? problem.global.count + problem.local.count : 0;
+  const int64_t b = segment.batch, step = x.query_block, ld = x.query_block, key_step = keys_of<Op>(problem.dim);
+  const BackwardOutput none{};
+  const Context<T> c{problem, segment, input, none, item, x, slots, false};
+  const int64_t blocks = (item.rank_end - item.rank_begin + step - 1) / step;
+  const Vec least = splat(-__builtin_inff()), scale = splat(problem.scale);
+  const T** const q = reinterpret_cast<const T**>(x.q_rows);
+  const T** const g = reinterpret_cast<const T**>(x.do_rows);
+  const auto rank_of = [&](int64_t i) { return item.rank_begin + i * step; };
+  const auto count_of = [&](int64_t i) { return smaller(step, item.rank_end - rank_of(i)); };
+  tiles_begin();
+  for (int64_t h = 0; h < problem.group(); ++h) {
+    const int64_t head = item.kv_head * problem.group() + h;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Queries<Op> of = x.at(problem, i);
+      for (int64_t t = 0; t < count_of(i); ++t) {
+        q[t] = query_row<T>(problem, problem.q, b, rank_of(i) + t, head);
+        g[t] = query_row<T>(problem, input.grad_out, b, rank_of(i) + t, head);
+      }
+      pack_columns(q, count_of(i), problem.dim, of.q_columns);
+      pack_columns(g, count_of(i), problem.dim, of.do_columns);
+      for (int64_t t = 0; t < step; t += kLanes) {
+        store(of.shift + t, least);
+        for (float* const sum : {of.factor, of.delta, of.lost[0], of.lost[1]}) store(sum + t, zeros());
+      }
+    }
+    for (int64_t j0 = 0; j0 < item.key_end; j0 += key_step) {
+      const int64_t keys = smaller(key_step, item.key_end - j0), rank_of_first = segment.key_begin + j0 - slots;
+      load_keys(c, j0, keys, false);
+      const int64_t start = problem.causal ? larger(0, rank_of_first - item.rank_begin) / step : 0;
+      for (int64_t i = start; i < blocks; ++i) {
+        const Queries<Op> of = x.at(problem, i);
+        const int64_t columns = round_up(count_of(i), kLanes);
+        gemm<false>(keys, columns, x.depth, x.k, x.depth, of.q_columns, x.s, ld);
+        gemm<false>(keys, columns, x.depth, x.v, x.depth, of.do_columns, x.dp, ld);
+        for (int64_t t = 0; t < columns; t += kLanes) {
+          const Causality seen{problem.causal ? rank_of_first - rank_of(i) : -keys, t};
+          const Vec before = load(of.shift + t);
+          Vec top = before;
+          for (int64_t r = 0; r < keys; ++r) top = max(top, seen(r, mul(load(x.s + r * ld + t), scale), top));
+          RowSum sum, dot;
+          for (int64_t r = 0; r < keys; ++r) {
+            const Vec weight = seen(r, exp(sub(mul(load(x.s + r * ld + t), scale), top)), zeros());
+            sum.add_row(r, weight);
+            dot.add_row(r, mul(weight, load(x.dp + r * ld + t)));
+          }
+          const Vec kept = where_equal(before, least, zeros(), exp(sub(before, top)));
+          for (float* const part : {of.factor, of.delta, of.lost[0], of.lost[1]})
+            store(part + t, mul(load(part + t), kept));
+          add_exactly(of.factor + t, of.lost[0] + t, sum.total());
+          add_exactly(of.delta + t, of.lost[1] + t, dot.total());
+          store(of.shift + t, top);
+        }
+      }
+    }
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Queries<Op> of = x.at(problem, i);
+      for (int64_t t = 0; t < count_of(i); ++t) {
+        const int64_t query = problem.column(b, rank_of(i) + t) - (problem.keys - problem.queries);
+        const int64_t at = (b * problem.heads + head) * problem.queries + query;
+        to.shift[at] = of.shift[t], to.factor[at] = 1.0f / of.factor[t], to.delta[at] = of.delta[t] / of.factor[t];
+      }
+    }
+  }
+  tiles_end();
+}
+
 template <class T>
 void collect(const AttentionProblem& p, int64_t batch, int64_t kv_head, const BackwardOutput& o) {
   const int64_t dim = p.dim;
@@ -478,12 +580,17 @@ void backward_item(const AttentionProblem& problem, const BackwardItem& item, co
                [&](auto zero) { backward<decltype(zero)>(problem, item, input, output, sizes, scratch); });
 }
 
+void normalise_item(const AttentionProblem& problem, const BackwardItem& item, const BackwardInput& input,
+                    const Normalised& to, const BackwardSizes& sizes, void* scratch) {
+  with_element(problem.element, [&](auto zero) { normalise<decltype(zero)>(problem, item, input, to, sizes, scratch); });
+}
+
 void collect_rows(const AttentionProblem& problem, int64_t batch, int64_t kv_head, const BackwardOutput& output) {
   with_element(problem.element, [&](auto zero) { collect<decltype(zero)>(problem, batch, kv_head, output); });
 }
 
 }  // namespace
 
-BackwardPath backward_path() { return {backward_block, backward_scratch, backward_item, collect_rows}; }
+BackwardPath backward_path() { return {backward_block, backward_scratch, normalise_item, backward_item, collect_rows}; }
 
 }  // namespace hici::cpu::HICI_PATH

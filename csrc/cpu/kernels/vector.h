@@ -96,7 +96,8 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
 #else
-  return a * b + c;
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #endif
 }
 inline Vec add(Vec a, Vec b) { return a + b; }
