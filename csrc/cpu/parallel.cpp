@@ -5,6 +5,7 @@
 #include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 
 namespace hici::cpu {
@@ -24,6 +25,13 @@ Team team() {
   return found;
 }
 
+// A child of fork() remembers the team of its parent, but has none of its threads, and would wait for them for ever.
+std::atomic<bool> forked{false};
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const int watched =
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+#endif
+
 struct Call {
   void (*body)(void*, int);
   void* context;
@@ -33,7 +41,7 @@ struct Call {
 
 }  // namespace
 
-bool borrows_threads() { return team() != nullptr; }
+bool borrows_threads() { return team() != nullptr && !forked.load(std::memory_order_relaxed); }
 
 void run_workers(int threads, void (*body)(void* context, int worker), void* context) {
   if (threads <= 1) return body(context, 0);

@@ -43,7 +43,10 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
 
 
 def call(operation: Any, *arguments: Any) -> Any:
-    """``operation(*arguments)``, past the autograd layer where it would record nothing: a sixth of a small call's time."""
+    """``operation(*arguments)``, past the autograd layer where it would record nothing.
+
+    That layer takes a sixth of a small call's time.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operation(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
