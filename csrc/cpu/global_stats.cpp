@@ -105,8 +105,8 @@ class Call {
     return local_ + s.batch * p.stride_batch + segment * p.stride_segment;
   }
 
-  static constexpr int64_t kPlanes = 5;
-  Planes planes(Acc* at) const { return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld}; }
+  static constexpr int64_t kPlanes = 7;
+  Planes planes(Acc* at) const { return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, at + 5 * ld, at + 6 * ld}; }
 
   void start(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
     path.start(rows(s, segment) + b * block, p.stride_slot, p.slots, width(b), to);

@@ -9,8 +9,8 @@
 namespace hici::cpu {
 namespace {
 
-// Tokens below which cutting a segment costs more, in sums to write and merge, than more cores give; and chunks that are
-// enough for the cores of a large machine. Constants, since the cut decides the order of additions.
+// Tokens below which cutting a segment costs more, in sums to write and merge, than more cores give; and chunks that
+// are enough for the cores of a large machine. Constants, since the cut decides the order of additions.
 constexpr int64_t kChunkTokens = 512, kChunks = 32;
 // Bytes of sums in memory at the same time: they should stay in the last cache.
 constexpr int64_t kWaveBytes = int64_t{1} << 26;

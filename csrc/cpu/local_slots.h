@@ -1,8 +1,8 @@
 // local_slots: what a call is, and how it is cut into pieces that can run anywhere in any order.
 //
 // Two forms of the same function. Absorbed: k_weight is folded into the slot queries and v_weight applied after the
-// weighted mean, so each of the `rows` = heads * slots scores is a product with a hidden row itself. Projected: keys and
-// values are computed for every token, as the formula is written. absorbed_costs_less() chooses.
+// weighted mean, so each of the `rows` = heads * slots scores is a product with a hidden row itself. Projected: keys
+// and values are computed for every token, as the formula is written. absorbed_costs_less() chooses.
 #pragma once
 
 #include <cstdint>

@@ -105,11 +105,11 @@ inline void ask_for_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // An operand over the channels, columns x channels, packed in pieces of kCut channels: piece k0 begins at k0 * columns.
 //
-// out[i][j] (+)= sum_k tokens[i][k] packed[k][j]: hidden rows are read in place wherever they are what the product takes.
-// copy: kBlock x kCut; at: kBlock.
+// out[i][j] (+)= sum_k tokens[i][k] packed[k][j]: hidden rows are read in place wherever they are what the product
+// takes. copy: kBlock x kCut; at: kBlock.
 template <bool Accumulate, class Op, class T>
-inline void products(const Tokens<T>& tokens, int64_t channels, int64_t columns, const Op* packed, float* out, int64_t ldo,
-                  Op* copy, const T** at) {
+inline void products(const Tokens<T>& tokens, int64_t channels, int64_t columns, const Op* packed, float* out,
+                     int64_t ldo, Op* copy, const T** at) {
   const int64_t n = tokens.count;
   for (int64_t k0 = 0; k0 < channels; k0 += kCut<Op>) {
     const int64_t there = smaller(kCut<Op>, channels - k0), k = round_up(there, reduction<Op>::step);
@@ -182,8 +182,8 @@ inline void pack_panel(const Tokens<T>& tokens, int64_t channels, int64_t j, Op*
   pack_depth(at, tokens.count, smaller(kPanel, channels - j), panel);
 }
 
-// sums[r][j] (+)= sum_i weights[r][i] tokens[i][j]; weights of `rows` rows, round_up(tokens.count, step) apart. Columns in
-// panels, and after each of them also(j, columns), while it is near.
+// sums[r][j] (+)= sum_i weights[r][i] tokens[i][j]; weights of `rows` rows, round_up(tokens.count, step) apart. Columns
+// in panels, and after each of them also(j, columns), while it is near.
 template <class Op, class T, class Also>
 inline void add_weighted(const Tokens<T>& tokens, int64_t channels, int64_t rows, const Op* weights, bool onto,
                          float* sums, int64_t lds, Op* panel, const T** at, const Also& also) {
@@ -238,8 +238,8 @@ struct FoldScratch {
   }
 };
 
-// out[row(h, m)][k] = scale * sum_e left[m][h dim + e] weight[h dim + e][k0 + k], k < kFold; other rows and channels are
-// set to zero. left: [slots, width].
+// out[row(h, m)][k] = scale * sum_e left[m][h dim + e] weight[h dim + e][k0 + k], k < kFold; other rows and channels
+// are set to zero. left: [slots, width].
 template <class Op, class T>
 inline void fold(const Layout<Op>& layout, const Matrix<T>& left, const Matrix<T>& weight, float scale, int64_t k0,
                  float* out, const FoldScratch<T>& scratch) {
@@ -316,8 +316,8 @@ inline void pack_heads(const Layout<Op>& layout, const float* rows, float* packe
   }
 }
 
-// Columns [j, j + count) of both weights, wide_width of each: their rows at channel k0, and `none` (kFold elements) where
-// one is padded.
+// Columns [j, j + count) of both weights, wide_width of each: their rows at channel k0, and `none` (kFold elements)
+// where one is padded.
 template <class Op, class T>
 inline void list_weights(const Layout<Op>& layout, const Matrix<T>& k_weight, const Matrix<T>& v_weight, int64_t k0,
                          int64_t j, int64_t count, T* none, const T** at) {
@@ -364,8 +364,8 @@ struct ProjectScratch {
 // out[e][c] = sum_k weight[first + e][k] x(c, k), e < count, c < columns: fill(k0, n, to) writes x(c, k0 + k) to
 // to[c * kPiece + k]. out: rows ldo = round_up(columns, kLanes) apart.
 template <class T, class Fill>
-inline void project(const Matrix<T>& weight, int64_t first, int64_t count, int64_t channels, int64_t columns, float* out,
-                    const ProjectScratch<T>& scratch, const Fill& fill) {
+inline void project(const Matrix<T>& weight, int64_t first, int64_t count, int64_t channels, int64_t columns,
+                    float* out, const ProjectScratch<T>& scratch, const Fill& fill) {
   const int64_t ldo = round_up(columns, kLanes);
   for (int64_t k0 = 0; k0 < channels; k0 += kPiece) {
     const int64_t k = smaller(kPiece, channels - k0);

@@ -1,3 +1,20 @@
+// Weights of the parts by their log-sum-exp, then one weighted sum per row. The weights of some positions and heads are
+// formed together, vector by vector, since lse lies [head][position] while rows lie [position][head].
+//
+// Gradient: with dot_p = <grad_out, out_p>, part p receives share_p grad_out and
+// share_p (dot_p - sum_q share_q dot_q + grad_lse). Nothing of the forward pass is kept; one sweep over the parts gives
+// both, grad_out staying in registers between them.
+//
+// Roofline: 2 operations per element read, so memory bounds it: forward P + 1 rows (P parts read, one result written),
+// backward 2 P + 1. A part of weight 0 is not read.
+//
+// What was tried, and what it gave on one core of a Zen 5 (copy: 37 GB/s read + written in the same runs; 3 parts, 4096
+// rows, 32 heads, D 128; processor time of the thread, since the machine was shared):
+//   - weights and sums as above need 20 to 25 ns per row from cache, where memory needs 54 (float32) and 27 (bfloat16).
+//   - from memory, without prefetching: 107 ns float32 (19 GB/s), 115 bfloat16 (9 GB/s); one part alone ran at 30 GB/s,
+//     so it is the number of streams. Prefetching every part 4 KiB ahead: 87 ns (24 GB/s) and 57 (18 GB/s); one part 38.
+//   - results in fresh memory cost more than all of this: first writing 64 MiB in 4 KiB pages brought a call to 5.7 GB/s;
+//     asking for large pages (csrc/cpu/large_pages.h), 15.
 #include "../merge_attention.h"
 
 #include "lanes.h"
@@ -14,13 +31,20 @@ inline Wide power(Wide x) {
 }
 inline float logarithm(float x) { return __builtin_logf(x); }
 inline double logarithm(double x) { return __builtin_log(x); }
-inline float sum_lanes(Vec v) { return reduce_add(v); }
-inline double sum_lanes(Wide v) {
-  double lane[kWideLanes], sum = 0;
-  put(lane, v);
-  for (int i = 0; i < kWideLanes; ++i) sum += lane[i];
-  return sum;
+// in double: the gradient of lse is a difference of such sums
+#if defined(HICI_PATH_AVX512)
+inline double sum_lanes(Vec v) {
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+                                            _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
 }
+inline double sum_lanes(Wide v) { return _mm512_reduce_add_pd(v); }
+#else
+inline double sum_lanes(Vec v) {
+  const simd::f64x8 w = __builtin_convertvector(v, simd::f64x8);
+  return ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
+}
+inline double sum_lanes(Wide v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
 
 template <class T>
 struct Kernel {
@@ -33,8 +57,10 @@ struct Kernel {
   using Problem = MergeProblem<T>;
 
   static int64_t padded(int64_t rows) { return round_up(rows, 16); }
-  // share and dot of every part, then the largest lse, the total and the weighted dot
-  static int64_t scratch(int64_t parts, int64_t rows) { return (2 * parts + 3) * padded(rows); }
+  // the share of every part, the largest lse and the total; in double, dot of every part and the weighted dot
+  static int64_t scratch(int64_t parts, int64_t rows) {
+    return (parts + 2 + (parts + 1) * static_cast<int64_t>(sizeof(double) / sizeof(Acc))) * padded(rows);
+  }
 
   // Row r = head * positions + position of an item: weights of the parts, their log-sum-exp.
   static void weigh(const Problem& p, const MergeItem& item, Acc* share, Acc* top, Acc* total) {
@@ -96,7 +122,7 @@ struct Kernel {
 
   static void forward(const Problem& p, const MergeItem& item, T* out, Acc* lse, bool past, Acc* scratch) {
     const int64_t rows = item.heads * item.positions, ld = padded(rows);
-    Acc *const share = scratch, *const top = scratch + 2 * p.parts * ld, *const total = top + ld;
+    Acc *const share = scratch, *const top = scratch + p.parts * ld, *const total = top + ld;
     weigh(p, item, share, top, total);
     for (int64_t h = 0; h < item.heads; ++h) {
       Acc* const to = lse + (item.batch * p.heads + item.head + h) * p.seq + item.seq;
@@ -120,7 +146,7 @@ struct Kernel {
   // share * grad_out to every part; its product with the part's values joins `dot`
   template <int U, class Tail>
   static inline void distribute(const Problem& p, const MergeItem& item, int64_t t, int64_t h, const T* grad,
-                                const MergeGradient<T>* to, const Acc* share, Acc* dot, int64_t ld, int64_t c,
+                                const MergeGradient<T>* to, const Acc* share, double* dot, int64_t ld, int64_t c,
                                 bool past, Tail tail) {
     const int64_t at = ((item.batch * p.seq + item.seq + t) * p.heads + item.head + h) * p.dim + c;
     V g[U];
@@ -150,8 +176,8 @@ struct Kernel {
   static void backward(const Problem& p, const MergeItem& item, const MergeRows<T>& grad_out, const Acc* grad_lse,
                        const MergeGradient<T>* to, bool past, Acc* scratch) {
     const int64_t rows = item.heads * item.positions, ld = padded(rows);
-    Acc *const share = scratch, *const dot = scratch + p.parts * ld, *const top = dot + p.parts * ld;
-    Acc *const total = top + ld, *const mean = total + ld;
+    Acc *const share = scratch, *const top = scratch + p.parts * ld, *const total = top + ld;
+    double *const dot = reinterpret_cast<double*>(total + ld), *const mean = dot + p.parts * ld;
     weigh(p, item, share, top, total);
     for (int64_t i = 0; i < p.parts * ld; ++i) dot[i] = 0;
     for (int64_t t = 0; t < item.positions; ++t) {
@@ -163,18 +189,16 @@ struct Kernel {
         });
       }
     }
-    for (int64_t r = 0; r < ld; r += L) {
-      V sum = all(Acc(0));
-      for (int64_t part = 0; part < p.parts; ++part) sum = sum + get(share + part * ld + r) * get(dot + part * ld + r);
-      put(mean + r, sum);
-    }
+    for (int64_t r = 0; r < rows; ++r) mean[r] = 0;
+    for (int64_t part = 0; part < p.parts; ++part)
+      for (int64_t r = 0; r < rows; ++r) mean[r] += static_cast<double>(share[part * ld + r]) * dot[part * ld + r];
     for (int64_t part = 0; part < p.parts; ++part) {
       for (int64_t h = 0; h < item.heads; ++h) {
         const int64_t at = (item.batch * p.heads + item.head + h) * p.seq + item.seq;
         for (int64_t t = 0; t < item.positions; ++t) {
           const int64_t r = h * item.positions + t;
           const Acc own = share[part * ld + r];
-          to[part].lse[at + t] = own > 0 ? own * (dot[part * ld + r] - mean[r] + grad_lse[at + t]) : Acc(0);
+          to[part].lse[at + t] = own > 0 ? own * static_cast<Acc>(dot[part * ld + r] - mean[r] + grad_lse[at + t]) : Acc(0);
         }
       }
     }
