@@ -15,8 +15,9 @@ namespace {
 constexpr double kNormFloor = 1e-6;
 
 // How work is cut: by shape alone.
-constexpr int64_t kBlock = 512;     // channels: the state of a block and a piece of rows lie in the first-level cache
+constexpr int64_t kBlock = 512;      // channels: the state of a block and a piece of rows lie in the first-level cache
 constexpr int64_t kNarrow = 128;     // fewest channels of a block
+constexpr int64_t kShort = 16;       // pieces merged without keeping what rounding adds
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
 constexpr int64_t kLeast = 1 << 20;  // bytes: less is not worth waking a thread
@@ -90,6 +91,9 @@ class Call {
     // planes whose sizes are powers of two would lie on the same few lines of the first-level cache
     const int64_t widest = std::min(p.channels, block);
     ld = divide_up(widest, 16) * 16 + 16;
+    int64_t longest = 0;
+    for (const Sequence& s : all) longest = std::max(longest, s.stop - s.start);
+    careful = longest * divide_up(p.slots, kStatsPiece) > kShort;
   }
 
   int64_t width(int64_t b) const { return std::min(block, p.channels - b * block); }
@@ -106,7 +110,9 @@ class Call {
   }
 
   static constexpr int64_t kPlanes = 7;
-  Planes planes(Acc* at) const { return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, at + 5 * ld, at + 6 * ld}; }
+  Planes planes(Acc* at) const {
+    return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, careful ? at + 5 * ld : nullptr, at + 6 * ld};
+  }
 
   void start(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
     path.start(rows(s, segment) + b * block, p.stride_slot, p.slots, width(b), to);
@@ -137,6 +143,7 @@ class Call {
   const std::vector<Sequence> all;
   Execution threads;
   int64_t segment_bytes, block, blocks, ld;
+  bool careful;
 };
 
 // Segments of one sequence that one task of the shared form reads.
@@ -239,15 +246,15 @@ void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
   using Acc = typename Call<T>::Acc;
   Shared<T> g(call, s, count);
   const int64_t h = call.p.channels;
-  const auto layout = [&](void* base, Acc*& states, Acc*& means) {
+  Acc *states, *means;
+  const auto layout = [&](void* base) {
     Carve carve(base);
     states = carve.take<Acc>(g.state_size());
     means = carve.take<Acc>(count * h);
     return carve.bytes();
   };
-  Acc *states, *means;
-  const Memory memory(layout(nullptr, states, means));
-  layout(memory.data(), states, means);
+  const Memory memory(layout(nullptr));
+  layout(memory.data());
   g.summarise(states);
   parallel(call.threads, count * call.blocks, [&](int64_t task, int) {
     const int64_t b = task % call.blocks, i = task / call.blocks;

@@ -31,7 +31,7 @@ void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_
                            Execution execution);
 
 // Statistics of a set of rows, one value per channel. mean is relative to shift; squares = sum of squared deviations.
-// What rounding added to either is kept beside it: thousands of merges would lose digits otherwise.
+// What rounding added to either is kept beside it (null = not kept): many merges would lose digits otherwise.
 template <class Acc>
 struct StatsPlanes {
   Acc *shift, *mean, *squares, *top, *low, *mean_excess, *squares_excess;

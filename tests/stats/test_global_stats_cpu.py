@@ -137,7 +137,6 @@ def test_any_number_of_threads_gives_the_same_bits(path: str, causal: bool, case
     assert all(x.isfinite().all() for x in results[0])
 
 
-@pytest.mark.xfail(reason="known gap: the float32 mean of very many rows errs by eps of their spread", strict=False)
 @each_path
 @pytest.mark.parametrize("case", CUTS)
 def test_cut_calls_equal_the_formula(path: str, case: str) -> None:

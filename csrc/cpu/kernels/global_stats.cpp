@@ -50,8 +50,10 @@ struct Kernel {
       put(planes.shift + c, sum * share);
       put(planes.mean + c, all(Acc(0)));
       put(planes.squares + c, all(Acc(0)));
-      put(planes.mean_excess + c, all(Acc(0)));
-      put(planes.squares_excess + c, all(Acc(0)));
+      if (planes.mean_excess) {
+        put(planes.mean_excess + c, all(Acc(0)));
+        put(planes.squares_excess + c, all(Acc(0)));
+      }
       put(planes.top + c, all(-static_cast<Acc>(__builtin_inf())));
       put(planes.low + c, all(static_cast<Acc>(__builtin_inf())));
     });
@@ -70,13 +72,20 @@ struct Kernel {
 
   // Chan's rule for one set of rows whose mean and squared deviations are known.
   static inline void join(Planes planes, int64_t c, Weights w, V own, V spread) {
-    const V gap = (own - get(planes.mean + c)) + get(planes.mean_excess + c);
-    gather(planes.mean + c, planes.mean_excess + c, gap * w.share);
-    gather(planes.squares + c, planes.squares_excess + c, spread + gap * gap * w.between);
+    V gap = own - get(planes.mean + c);
+    if (planes.mean_excess) {
+      gap = gap + get(planes.mean_excess + c);
+      gather(planes.mean + c, planes.mean_excess + c, gap * w.share);
+      gather(planes.squares + c, planes.squares_excess + c, spread + gap * gap * w.between);
+    } else {
+      put(planes.mean + c, get(planes.mean + c) + gap * w.share);
+      put(planes.squares + c, get(planes.squares + c) + spread + gap * gap * w.between);
+    }
   }
 
   static inline V mean_of(Planes planes, int64_t c) {
-    return (get(planes.shift + c) + get(planes.mean + c)) - get(planes.mean_excess + c);
+    const V mean = get(planes.shift + c) + get(planes.mean + c);
+    return planes.mean_excess ? mean - get(planes.mean_excess + c) : mean;
   }
 
   // Comparisons are false for NaN, but a set that holds one has no maximum, as in torch.amax.
@@ -183,8 +192,12 @@ struct Kernel {
                     int32_t* top_owner, int32_t* low_owner, int32_t id) {
     const Weights w = weights(count, added);
     for (int64_t c = 0; c < n; c += L) {
-      join(into, c, w, get(from.mean + c), get(from.squares + c) - get(from.squares_excess + c));
-      put(into.mean_excess + c, get(into.mean_excess + c) + get(from.mean_excess + c) * w.share);
+      if (from.mean_excess) {
+        join(into, c, w, get(from.mean + c), get(from.squares + c) - get(from.squares_excess + c));
+        put(into.mean_excess + c, get(into.mean_excess + c) + get(from.mean_excess + c) * w.share);
+      } else {
+        join(into, c, w, get(from.mean + c), get(from.squares + c));
+      }
       const V top = get(into.top + c), low = get(into.low + c), high = get(from.top + c), deep = get(from.low + c);
       const auto up = either(greater(high, top), but_not(is_nan(high), is_nan(top)));
       const auto down = either(greater(low, deep), but_not(is_nan(deep), is_nan(low)));

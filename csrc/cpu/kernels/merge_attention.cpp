@@ -87,9 +87,9 @@ struct Kernel {
         put(share + part * ld + r, weight);
         sum = sum + weight;
       }
-      const V divisor = pick(greater(sum, zero), one / pick(greater(sum, zero), sum, one), zero);
+      const V divisor = pick(greater(sum, zero), sum, one);
       for (int64_t part = 0; part < p.parts; ++part)
-        put(share + part * ld + r, get(share + part * ld + r) * divisor);
+        put(share + part * ld + r, get(share + part * ld + r) / divisor);
       put(top + r, shift);
       put(total + r, sum);
     }
@@ -161,15 +161,15 @@ struct Kernel {
         continue;
       }
       const T* const x = row(p.outs[part], item, t, h) + c;
-      V even = all(Acc(0)), odd = even;
+      V sum[4] = {all(Acc(0)), all(Acc(0)), all(Acc(0)), all(Acc(0))};  // short chains lose fewer digits
       const V factor = all(own);
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
         if (u % kLine<T> == 0) __builtin_prefetch(x + u * L + kAhead);
-        (u % 2 ? odd : even) = (u % 2 ? odd : even) + g[u] * get(x + u * L, tail);
+        sum[u % 4] = sum[u % 4] + g[u] * get(x + u * L, tail);
         leave(dx + u * L, g[u] * factor, past, tail);
       }
-      dot[part * ld] += sum_lanes(even + odd);
+      dot[part * ld] += sum_lanes((sum[0] + sum[2]) + (sum[1] + sum[3]));
     }
   }
 
