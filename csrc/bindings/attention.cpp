@@ -69,7 +69,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   if (p.queries > p.keys) TVM_FFI_THROW(ValueError) << "q has more positions than k";
   if (p.kv_heads < 1 || p.heads % p.kv_heads || p.dim < 1)
     TVM_FFI_THROW(ValueError) << "q has " << p.heads << " heads of " << p.dim << ", k " << p.kv_heads;
-  p.causal = causal, p.scale = static_cast<float>(scale);
+  p.causal = causal, p.scale = scale;
 
   if (segment_len < 0) TVM_FFI_THROW(ValueError) << "segment_len must not be negative";
   if (recurrence_len < 0 || (segment_len > 0 && recurrence_len > segment_len))

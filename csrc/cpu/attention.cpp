@@ -26,6 +26,18 @@ ForwardPath forward_path(Isa isa) {
   }
 }
 
+DirectPath direct_path(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::direct_path();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::direct_path();
+  }
+}
+
 BackwardPath backward_path(Isa isa) {
   switch (isa) {
 #define HICI_CASE(value, text, space) \
@@ -55,12 +67,43 @@ double rounding(const float* x, int64_t count) {
 // Below this many multiplications a call is over before another thread has woken up.
 constexpr double kWorthThreads = 2e6;
 
+// What a call may cost in double to be computed directly: operations, and elements of gradients kept in double.
+constexpr double kDirectWork = 1 << 20, kDirectElements = 1 << 18;
+
+double direct_work(const AttentionProblem& p) {
+  const double slots = p.global.count + p.local.count, each = 2.0 * p.dim + 40;  // 40: an exponential
+  double work = 0;
+  for (int64_t i = 0; i < p.segment_count; ++i) {
+    const AttentionSegment& x = p.segments[i];
+    work += (x.query_end - x.query_begin) * p.heads * (slots + x.key_end - x.key_begin) * each;
+  }
+  return work;
+}
+
+double gradient_elements(const AttentionProblem& p) {
+  const auto rows = [&](const Slots& s) {
+    return 1.0 * p.batch * (s.per_segment ? p.segment_total : 1) * s.count;
+  };
+  return (1.0 * p.batch * p.keys + rows(p.global) + rows(p.local)) * p.kv_heads * p.dim;
+}
+
 }  // namespace
 
 void attention_forward(const AttentionProblem& given, const AttentionCut& cut, void* out, float* lse, Isa isa,
                        Execution execution) {
   const Ranks ranks(given, cut);
   const AttentionProblem problem = ranks.problem();
+  const int64_t written = problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element);
+  const auto clear = [&] {
+    std::memset(out, 0, written);
+    std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
+  };
+  if (direct_work(problem) <= kDirectWork) {
+    const DirectPath path = direct_path(isa);
+    const Memory scratch(path.scratch(problem, false));
+    if (ranks.some_masked()) clear();
+    return path.forward(problem, out, lse, scratch.data());
+  }
   const ForwardPath path = forward_path(isa);
   const ForwardSchedule schedule(problem, path.tile_rows(problem));
 
@@ -71,13 +114,8 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
   const Memory partials(schedule.partials * schedule.sizes.rows * path.partial_width(problem) * 4);
   const ForwardOutput output{out, lse, static_cast<float*>(partials.data())};
 
-  const int64_t written =
-      problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element);
   prefer_large_pages(out, written);
-  if (ranks.some_masked()) {
-    std::memset(out, 0, written);
-    std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
-  }
+  if (ranks.some_masked()) clear();
   parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
     path.forward(problem, schedule.items[i], output, schedule.sizes,
                  static_cast<char*>(scratch.data()) + worker * scratch_size);
@@ -93,6 +131,14 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
                         Isa isa, Execution execution) {
   const Ranks ranks(given, cut);
   const AttentionProblem problem = ranks.problem();
+  if (2.5 * direct_work(problem) <= kDirectWork && gradient_elements(problem) <= kDirectElements) {
+    const DirectPath path = direct_path(isa);
+    const Memory scratch(path.scratch(problem, true));
+    // of masked tokens
+    std::memset(gradients.q, 0,
+                problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element));
+    return path.backward(problem, grad_out, grad_lse, gradients, scratch.data());
+  }
   const BackwardPath path = backward_path(isa);
   const BackwardSchedule schedule(problem, path.block(problem));
 

@@ -45,7 +45,7 @@ struct AttentionProblem {
   Sequence4 q, k, v;
   Slots global, local;
   bool causal;
-  float scale;
+  double scale;
   // what the caller of attention_forward and attention_backward leaves empty
   const int64_t* columns = nullptr;  // [batch, keys]: column of every rank; null = the rank itself
   const AttentionSegment* segments = nullptr;
@@ -172,8 +172,18 @@ struct BackwardPath {
   void (*collect)(const AttentionProblem&, int64_t batch, int64_t kv_head, const BackwardOutput&);
 };
 
+// Small calls: in double, on one thread, without items.
+struct DirectPath {
+  int64_t (*scratch)(const AttentionProblem&, bool backward);
+  // rows of masked queries are left as they are
+  void (*forward)(const AttentionProblem&, void* out, float* lse, void* scratch);
+  void (*backward)(const AttentionProblem&, const Sequence4& grad_out, const float* grad_lse,
+                   const AttentionGradients&, void* scratch);
+};
+
 #define HICI_DECLARE(value, text, space) \
   namespace space {                      \
+  DirectPath direct_path();              \
   ForwardPath forward_path();            \
   BackwardPath backward_path();          \
   }

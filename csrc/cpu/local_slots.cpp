@@ -29,6 +29,21 @@ LocalSlotsPath path_of(Isa isa) {
   }
 }
 
+LocalSlotsDirect direct_of(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::local_slots_direct();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::local_slots_direct();
+  }
+}
+
+// Multiplications that a call may cost to be computed directly.
+constexpr double kDirectWork = 1 << 20;
+
 int64_t element_size(Element e) { return e == Element::kFloat32 ? 4 : 2; }
 
 class Plan {
@@ -96,6 +111,9 @@ class Plan {
     }
     const double rows = static_cast<double>(given.heads) * given.slots;
     work_ = 4.0 * tokens * given.channels * std::min(rows, 1.0 * given.width);
+    for (const SlotsSegment& x : segments_) longest_ = std::max(longest_, x.end - x.begin);
+    // 40: an exponential
+    direct_work_ = 2.0 * tokens * given.width * (given.channels + given.slots) + 40 * tokens * rows;
   }
 
   const LocalSlotsProblem& problem() const { return problem_; }
@@ -103,6 +121,9 @@ class Plan {
   bool some_masked() const { return some_masked_; }
   bool some_empty() const { return some_empty_; }
   double work() const { return work_; }
+  int64_t segment_count() const { return segments_.size(); }
+  int64_t longest() const { return longest_; }
+  double direct_work() const { return direct_work_; }
 
  private:
   // The float and operand elements, 4 bytes at most, that chunks, tokens and segments keep in memory.
@@ -152,7 +173,8 @@ class Plan {
   std::vector<SlotsChunk> chunks_;
   std::vector<SlotsWave> waves_;
   bool some_masked_ = false, some_empty_ = false;
-  double work_ = 0;
+  double work_ = 0, direct_work_ = 0;
+  int64_t longest_ = 0;
 };
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -177,13 +199,22 @@ void local_slots_forward(const LocalSlotsProblem& given, const LocalSlotsCut& cu
                          Execution execution) {
   if (given.slots == 0 || given.batch == 0 || given.segment_total == 0) return;
   const Plan plan(given, cut, false);
+  const bool some_zero = plan.some_empty() && !given.uniform;
+  const auto clear = [&] {
+    std::memset(out, 0, given.batch * given.segment_total * given.slots * given.width * element_size(given.element));
+  };
+  if (plan.direct_work() <= kDirectWork) {
+    const LocalSlotsDirect direct = direct_of(isa);
+    const Memory scratch(direct.scratch(plan.problem(), plan.longest(), false));
+    if (some_zero) clear();
+    return direct.forward(plan.problem(), plan.plan(), plan.segment_count(), plan.longest(), out, scratch.data());
+  }
   const LocalSlotsPath path = path_of(isa);
   const LocalSlotsSizes sizes = path.forward_sizes(plan.problem(), plan.plan());
   if (plan.work() < kWorthThreads) execution.threads = 1;
   const int64_t scratch_size = aligned(sizes.scratch);
   const Memory shared(sizes.shared), scratch(execution.threads * scratch_size);
-  if (plan.some_empty() && !given.uniform)
-    std::memset(out, 0, given.batch * given.segment_total * given.slots * given.width * element_size(given.element));
+  if (some_zero) clear();
   path.forward(plan.problem(), plan.plan(), out,
                {shared.data(), static_cast<char*>(scratch.data()), scratch_size}, execution);
 }
@@ -200,13 +231,22 @@ void local_slots_backward(const LocalSlotsProblem& given, const LocalSlotsCut& c
     std::memset(gradients.v_weight, 0, given.width * given.channels * size);
     return;
   }
+  const auto clear = [&] {
+    std::memset(gradients.hidden, 0, given.batch * given.length * given.channels * size);
+  };
+  if (2.5 * plan.direct_work() <= kDirectWork) {
+    const LocalSlotsDirect direct = direct_of(isa);
+    const Memory scratch(direct.scratch(plan.problem(), plan.longest(), true));
+    if (plan.some_masked()) clear();
+    return direct.backward(plan.problem(), plan.plan(), plan.segment_count(), plan.longest(), grad_out, gradients,
+                           scratch.data());
+  }
   const LocalSlotsPath path = path_of(isa);
   const LocalSlotsSizes sizes = path.backward_sizes(plan.problem(), plan.plan());
   if (plan.work() < kWorthThreads) execution.threads = 1;
   const int64_t scratch_size = aligned(sizes.scratch);
   const Memory shared(sizes.shared), scratch(execution.threads * scratch_size);
-  if (plan.some_masked())
-    std::memset(gradients.hidden, 0, given.batch * given.length * given.channels * size);
+  if (plan.some_masked()) clear();
   path.backward(plan.problem(), plan.plan(), grad_out, gradients,
                 {shared.data(), static_cast<char*>(scratch.data()), scratch_size}, execution);
 }

@@ -99,9 +99,20 @@ struct LocalSlotsPath {
                    const LocalSlotsMemory&, Execution);
 };
 
+// Small calls: in double, on one thread. count: segments of the plan; most: tokens of the longest.
+struct LocalSlotsDirect {
+  int64_t (*scratch)(const LocalSlotsProblem&, int64_t most, bool backward);
+  // segments without tokens, and gradients of masked tokens, are left as they are
+  void (*forward)(const LocalSlotsProblem&, const LocalSlotsPlan&, int64_t count, int64_t most, void* out,
+                  void* scratch);
+  void (*backward)(const LocalSlotsProblem&, const LocalSlotsPlan&, int64_t count, int64_t most, const void* grad_out,
+                   const LocalSlotsGradients&, void* scratch);
+};
+
 #define HICI_DECLARE(value, text, space) \
   namespace space {                      \
   LocalSlotsPath local_slots_path();     \
+  LocalSlotsDirect local_slots_direct(); \
   }
 HICI_PATHS(HICI_DECLARE)
 #undef HICI_DECLARE
