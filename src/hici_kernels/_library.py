@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LIB = torch.library.Library("hici", "DEF")
+_KERNELS: dict[Any, Callable[..., Any]] = {}
 AUTOCAST = ("cpu", "cuda", "xpu")
 
 
@@ -39,18 +40,33 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     LIB.define(f"{name}{schema}")
     LIB.impl(name, contiguous, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hici::{name}", fake, lib=LIB)
-    return getattr(torch.ops.hici, name).default
+    operation = getattr(torch.ops.hici, name).default
+    _KERNELS[operation] = contiguous
+    return operation
 
 
 def call(operation: Any, *arguments: Any) -> Any:
-    """``operation(*arguments)``, past the autograd layer where it would record nothing.
+    """``operation(*arguments)``, past the dispatcher where nobody could tell the difference.
 
-    That layer takes a sixth of a small call's time.
+    On the CPU the dispatcher takes a third of a small call's time. It is needed by whoever watches or changes calls:
+    autograd, compilers, tracers, profilers, transforms, modes and tensor subclasses.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operation(*arguments)
+    if _unwatched() and all(type(x) is Tensor and x.is_cpu for x in arguments if isinstance(x, Tensor)):
+        return _KERNELS[operation](*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(*arguments)
+
+
+def _unwatched() -> bool:
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack()
+    )
 
 
 def _autocast_off(arguments: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

@@ -171,23 +171,8 @@ def _check(
         _checks.integer("segment_len", segment_len, 1)
     _checks.integer("recurrence_len", recurrence_len, 0, segment_len)
 
-    for kind in ("global", "local"):
-        slot_k, slot_v = (global_k, global_v) if kind == "global" else (local_k, local_v)
-        if (slot_k is None) != (slot_v is None):
-            missing, given = ("v", "k") if slot_v is None else ("k", "v")
-            raise ValueError(f"{kind}_{missing} must be given together with {kind}_{given}, got None")
-    if global_k is not None and isinstance(global_k, Tensor) and global_k.ndim == 4:
-        _checks.tensor("global_k", global_k, "B, K, Hkv, D")
-    elif global_k is not None:
-        _checks.tensor("global_k", global_k, "B, N, K, Hkv, D")
-    if local_k is not None:
-        _checks.tensor("local_k", local_k, "B, N, M, Hkv, D")
-    for name, x in (("global_v", global_v), ("local_v", local_v)):
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    slots = {"global_k": global_k, "global_v": global_v, "local_k": local_k, "local_v": local_v}
-    _checks.floats(q=q, **slots)
-    _checks.last_contiguous(**slots)
+    if global_k is not None or global_v is not None or local_k is not None or local_v is not None:
+        _check_slots(q, global_k, global_v, local_k, local_v)
 
     n: int | None = segments.count(s, segment_len)
     if cu_seqlens is not None:
@@ -224,3 +209,26 @@ def _check(
             raise ValueError(f"prefix_mask is on {prefix_mask.device}, expected {q.device} like q")
     if attention_mask is not None:
         _checks.token_mask("attention_mask", attention_mask, b, s, q.device)
+
+
+def _check_slots(
+    q: Tensor, global_k: Tensor | None, global_v: Tensor | None, local_k: Tensor | None, local_v: Tensor | None
+) -> None:
+    """Everything that does not depend on how the sequence is cut."""
+    for kind in ("global", "local"):
+        slot_k, slot_v = (global_k, global_v) if kind == "global" else (local_k, local_v)
+        if (slot_k is None) != (slot_v is None):
+            missing, given = ("v", "k") if slot_v is None else ("k", "v")
+            raise ValueError(f"{kind}_{missing} must be given together with {kind}_{given}, got None")
+    if global_k is not None and isinstance(global_k, Tensor) and global_k.ndim == 4:
+        _checks.tensor("global_k", global_k, "B, K, Hkv, D")
+    elif global_k is not None:
+        _checks.tensor("global_k", global_k, "B, N, K, Hkv, D")
+    if local_k is not None:
+        _checks.tensor("local_k", local_k, "B, N, M, Hkv, D")
+    for name, x in (("global_v", global_v), ("local_v", local_v)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    slots = {"global_k": global_k, "global_v": global_v, "local_k": local_k, "local_v": local_v}
+    _checks.floats(q=q, **slots)
+    _checks.last_contiguous(**slots)
