@@ -167,7 +167,7 @@ def test_files(tmp_path: Path) -> None:
         ({"ops": "attentoin"}, "--op must be among .*attention"),
         ({"impls": "cpu,fast"}, "--impl must be among .*reference"),
         ({"dtype": "int8"}, "--dtype must be among"),
-        ({"suite": "gpu"}, "--suite must be among quick, cpu"),
+        ({"suite": "huge"}, "--suite must be among quick, cpu, gpu"),
         ({"rounds": 3}, "--rounds must be at least 7"),
         ({"threads": 0}, "--threads must be at least 1"),
         ({"ops": "hga_route", "dtype": "float16"}, "--dtype float16 has no case"),

@@ -40,13 +40,24 @@ def run(
     chosen = _names("--op", ops, _dispatch.OPS) or list(_dispatch.OPS)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
     kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
-    _names("--suite", suite, SUITES)
+    _names("--suite", suite, (*SUITES, "gpu"))
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if chart_path is not None:
         chart.require_matplotlib()
+    if suite == "gpu":
+        from . import gpu_run
+
+        return gpu_run.run(
+            ops=chosen if ops else None,
+            impls=sides,
+            dtype=None if kind is None else DTYPES[kind],
+            rounds=rounds,
+            json_path=json_path,
+            chart_path=chart_path,
+        )
     cases = [c for op in chosen for c in load(op, suite) if kind is None or c.dtype == DTYPES[kind]]
     if not cases:
         raise ValueError(f"--dtype {kind} has no case in suite {suite!r} for {', '.join(chosen)}")
