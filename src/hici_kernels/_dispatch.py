@@ -58,18 +58,27 @@ def load(op: str, name: str) -> tuple[ModuleType | None, str | None]:
     return (None, reason) if reason else (module, None)
 
 
+@functools.cache
+def _candidates(op: str) -> tuple[tuple[ModuleType, Any], ...]:
+    """(module, its ``rejects`` or None) of every implementation that can run on this machine, in ``ORDER``."""
+    modules = (load(op, name)[0] for name in ORDER)
+    return tuple((m, getattr(m, "rejects", None)) for m in modules if m is not None)
+
+
 def select(op: str, impl: str, arguments: dict[str, Any]) -> ModuleType:
     """The implementation module for one call. ``impl`` is "" (choose) or a name (that one or an error)."""
-    for name in (impl,) if impl else ORDER:
-        module, reason = load(op, name)
-        if module is not None:
-            rejects = getattr(module, "rejects", None)
-            reason = rejects(**arguments) if rejects is not None else None
-            if reason is None:
-                return module
-        if impl:
-            raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")
-    raise ImplError(f"no implementation of {op} serves this call")
+    if not impl:
+        for candidate, rejects in _candidates(op):
+            if rejects is None or rejects(**arguments) is None:
+                return candidate
+        raise ImplError(f"no implementation of {op} serves this call")
+    module, reason = load(op, impl)
+    if module is not None:
+        rejects = getattr(module, "rejects", None)
+        reason = rejects(**arguments) if rejects is not None else None
+        if reason is None:
+            return module
+    raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")
 
 
 def explain(op: str) -> dict[str, str | None]:
