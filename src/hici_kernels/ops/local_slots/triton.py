@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import tuning
+from ..._triton import rejects_device
 from .triton_cut import cut_evenly, cut_packed, tiles_in_split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,25 +42,14 @@ LOG2E = 1.4426950408889634
 FLOPS_PER_BYTE = 200
 
 
-def unavailable() -> str | None:
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
-        return None
-    return "there is no GPU"
-
-
 def rejects(hidden: Tensor, num_heads: int, slot_queries: Tensor, **arguments: Any) -> str | None:
     from .triton_forward import INTERPRET
 
     if hidden.dtype not in DTYPES:
         return f"it serves float32, bfloat16 and float16, hidden is {hidden.dtype}"
-    if hidden.device.type == "cpu" and not INTERPRET.value:
-        return "it serves GPU tensors (CPU tensors only in Triton's interpreter), hidden is on cpu"
-    if hidden.device.type not in ("cpu", "cuda"):
-        return f"it serves GPU tensors, hidden is on {hidden.device}"
+    foreign = rejects_device("hidden", hidden, INTERPRET.value)
+    if foreign is not None:
+        return foreign
     if hidden.shape[2] > 1 and hidden.stride(2) != 1:
         return f"hidden must be contiguous in its last dimension, got strides {hidden.stride()}"
     if hidden.shape[1] >= 2**31 - 2**16:
