@@ -47,7 +47,7 @@ def power(value: int, low: int, high: int) -> int:
 
 def programs(device: torch.device) -> int:
     """How many programs keep a device's memory busy."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return 4 * tuning.multiprocessors(device)
 
 
 class Problem:

@@ -115,7 +115,7 @@ class Problem:
         block = self.config["BLOCK_S"]
         self.block_h = min(self.config["BLOCK_H"], power(self.width, 16, 4096))
         self.block_c = min(self.config.get("BLOCK_C", self.config["BLOCK_H"]), power(self.width, 16, 4096))
-        self.block_r = power(self.rows, 16, 64 if hidden.dtype == torch.float32 else 128)
+        self.block_r = power(self.rows, 16, 64)
         self.row_blocks = -(-self.rows // self.block_r)
         programs = -(-self.width // self.block_c) * self.row_blocks * self.groups
         each = tiles_in_split(self.b * self.s, programs, block, hidden.device)
@@ -539,7 +539,9 @@ def _backward(x: Problem, grad_out: Tensor) -> tuple[Tensor, ...]:
         PACKED=packed,
         SAME=x.absorbed,
         ONE_BLOCK=x.row_blocks == 1,
-        **x.options,
+        num_warps=x.options["num_warps"],
+        # rows in several blocks are fetched again for every tile: prefetching them would take the memory of all
+        num_stages=x.options["num_stages"] if x.row_blocks == 1 else 1,
     )
     scale = x.d**-0.5
     q_rows = x.by_head(x.slot_queries).float()
