@@ -128,6 +128,34 @@ def test_every_problem_of_the_checks_catches_a_wrong_result() -> None:
     assert gpu_checks.run_check(dataclasses.replace(problem, call=detached), ["reference"])[0]["correct"] is False
 
 
+@pytest.mark.parametrize(
+    ("factors", "correct", "draws"),
+    [
+        ([0.5], True, 1),
+        ([3, 0.5, 0.5, 0.5, 0.5], True, 5),  # an unlucky first draw
+        ([3, 3, 3, 0.5, 0.5], False, 5),
+        ([3, 0.5, 0.5, 0.5, 11], False, 5),
+        ([11], False, 1),
+        ([float("nan")], False, 1),
+    ],
+)
+def test_an_error_above_the_budget_is_wrong_unless_it_is_unusual(factors, correct, draws) -> None:
+    """Each draw's first output is off by a multiple of its budget."""
+    problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
+    calls = iter(factors)
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        (plain,), wide = problem.truth(x), {k: v.detach().double() for k, v in x.items()}
+        (exact,) = problem.truth(wide)
+        found = exact + next(calls) * budget(exact, plain.detach(), problem.dtype)
+        # float64, so that rounding does not change the multiple
+        return (plain.double() - plain.detach().double() + found,)
+
+    (record,) = gpu_checks.run_check(dataclasses.replace(problem, call=call), ["reference"])
+    assert record["correct"] is correct and record["draws"] == draws
+    assert next(calls, None) is None
+
+
 def small_attention_problems() -> list[gpu_checks.Check]:
     skipped = ("segments of 4096", "D 64", "D 80", "D 96", "D 256")
     return [c for c in gpu_checks.checks(CPU, ("attention",)) if c.name not in skipped and c.dtype == torch.float32]
@@ -136,7 +164,7 @@ def small_attention_problems() -> list[gpu_checks.Check]:
 @pytest.mark.parametrize("problem", small_attention_problems(), ids=lambda c: c.name)
 def test_the_dense_truth_agrees_with_the_reference(problem: gpu_checks.Check) -> None:
     """Two computations that share nothing but the cut into segments."""
-    wide = {k: v.double() for k, v in problem.inputs.items()}
+    wide = {k: v.double() for k, v in problem.draw(0).items()}
     for expected, found in zip(problem.truth(wide), problem.call(wide, "reference"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
