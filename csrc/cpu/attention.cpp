@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "attention_schedule.h"
+#include "memory.h"
 #include "hici/simd.h"
 
 namespace hici::cpu {
@@ -70,8 +71,11 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
   const Memory partials(schedule.partials * schedule.sizes.rows * path.partial_width(problem) * 4);
   const ForwardOutput output{out, lse, static_cast<float*>(partials.data())};
 
+  const int64_t written =
+      problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element);
+  prefer_large_pages(out, written);
   if (ranks.some_masked()) {
-    std::memset(out, 0, problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element));
+    std::memset(out, 0, written);
     std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
   }
   parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
@@ -123,6 +127,9 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
   const auto clear = [&](void* gradient, int64_t rows) {
     if (gradient) std::memset(gradient, 0, rows * size);
   };
+  prefer_large_pages(gradients.q, problem.batch * problem.queries * problem.heads * size);
+  for (void* const gradient : {gradients.k, gradients.v})
+    prefer_large_pages(gradient, problem.batch * problem.keys * problem.kv_heads * size);
   if (ranks.some_masked()) clear(gradients.q, problem.batch * problem.queries * problem.heads);
   if (ranks.some_masked() || problem.queries < problem.keys) {
     clear(gradients.k, problem.batch * problem.keys * problem.kv_heads);

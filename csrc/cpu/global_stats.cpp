@@ -6,7 +6,6 @@
 #include <limits>
 #include <vector>
 
-#include "large_pages.h"
 #include "memory.h"
 
 namespace hici::cpu {
@@ -20,7 +19,8 @@ constexpr int64_t kNarrow = 128;     // fewest channels of a block
 constexpr int64_t kShort = 16;       // pieces merged without keeping what rounding adds
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
-constexpr int64_t kLeast = 1 << 20;  // bytes: less is not worth waking a thread
+constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
+constexpr int64_t kWorthThreads = 1 << 17;  // elements: one thread takes over ten microseconds
 constexpr int64_t kWave = 4 << 20;   // bytes of local between two meetings of the threads; its means stay in cache
 constexpr int64_t kFar = 16 << 20;   // bytes written: more will not be in cache when it is read
 
@@ -83,7 +83,7 @@ class Call {
       : p(problem), path(path_of<T>(isa)), local_(local), all(sequences(problem)) {
     segment_bytes = p.slots * p.channels * static_cast<int64_t>(sizeof(T));
     const int64_t total = p.batch * p.segments * segment_bytes;
-    threads = total < kLeast ? Execution{} : execution;
+    threads = total / static_cast<int64_t>(sizeof(T)) < kWorthThreads ? Execution{} : execution;
     block = kBlock;
     if (p.causal && total >= kLeast)
       while (block > kNarrow && divide_up(p.channels, block) * static_cast<int64_t>(all.size()) < 16) block /= 2;
@@ -204,14 +204,16 @@ struct Shared {
 
   void summarise(Acc* states) const {
     parallel(call.threads, count * chunks * call.blocks, [&](int64_t task, int) {
-      const int64_t b = task % call.blocks, k = task / call.blocks % chunks, i = task / call.blocks / chunks;
-      if (rows[i * chunks + k] == 0) return;
-      const auto to = state(states, i, b, k);
-      call.start(s[i], first[i], b, to);
-      int64_t done = 0;
-      for (int64_t j = begin(i, k); j < end(i, k); ++j)
-        if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, to, done);
+      summarise_chunk(states, task / call.blocks / chunks, task % call.blocks, task / call.blocks % chunks);
     });
+  }
+  void summarise_chunk(Acc* states, int64_t i, int64_t b, int64_t k) const {
+    if (rows[i * chunks + k] == 0) return;
+    const auto to = state(states, i, b, k);
+    call.start(s[i], first[i], b, to);
+    int64_t done = 0;
+    for (int64_t j = begin(i, k); j < end(i, k); ++j)
+      if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, to, done);
   }
 
   // The state of the whole sequence, in the place of its first chunk that has one. Owners [ld] may be null.
@@ -255,10 +257,11 @@ void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
   };
   const Memory memory(layout(nullptr));
   layout(memory.data());
-  g.summarise(states);
+  if (g.chunks > 1) g.summarise(states);
   parallel(call.threads, count * call.blocks, [&](int64_t task, int) {
     const int64_t b = task % call.blocks, i = task / call.blocks;
     if (g.empty(i)) return;
+    if (g.chunks == 1) g.summarise_chunk(states, i, b, 0);
     const auto whole = g.merged(states, i, b, nullptr, nullptr);
     g.square[task] = call.path.emit(whole, g.total(i), call.width(b), out + s[i].out * 5 * h + b * call.block, h,
                                     means + i * h + b * call.block, false);

@@ -192,6 +192,7 @@ void local_slots_backward(const LocalSlotsProblem& given, const LocalSlotsCut& c
                           const LocalSlotsGradients& gradients, Isa isa, Execution execution) {
   const Plan plan(given, cut, true);
   const int64_t size = element_size(given.element);
+  prefer_large_pages(gradients.hidden, given.batch * given.length * given.channels * size);
   if (given.slots == 0 || plan.plan().wave_count == 0) {
     std::memset(gradients.hidden, 0, given.batch * given.length * given.channels * size);
     std::memset(gradients.queries, 0, given.slots * given.width * size);

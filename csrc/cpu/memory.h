@@ -1,4 +1,4 @@
-// Scratch memory of one call.
+// Scratch memory of one call, and pages of results.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +18,9 @@ class Memory {
  private:
   void* data_ = nullptr;
 };
+
+// Asks the operating system to back [p, p + bytes) with large pages where nothing has been written yet: the first writing
+// of 4 KiB pages costs several times what it costs to fill them. Changes no contents; a refusal costs speed only.
+void prefer_large_pages(void* p, int64_t bytes);
 
 }  // namespace hici::cpu

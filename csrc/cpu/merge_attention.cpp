@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "large_pages.h"
 #include "memory.h"
 
 namespace hici::cpu {

@@ -29,6 +29,12 @@ constexpr int64_t queries_of(int64_t dim) {
   return dim <= 128 ? (sizeof(Op) == 2 ? 64 : 64) : 64;
 }
 
+// Sums over queries are formed of parts over this many blocks: the rounding of a chain grows with its length. Products of
+// bfloat16 operands are rounded worse.
+constexpr int64_t kTogether = 16;
+template <class Op>
+constexpr bool grouped = reduction<Op>::pair == 1;
+
 // A block of queries.
 template <class Op>
 struct Queries {
@@ -64,7 +70,8 @@ struct Scratch {
   Op *p, *ds, *ds_depth;
   float *s, *dp;
   const void **k_rows, **v_rows, **q_rows, **do_rows, **o_rows;
-  float *dk, *dv;  // of all keys of the item
+  float *dk, *dv;            // of all keys of the item
+  float *dk_part, *dv_part;  // of one block of keys, over kTogether blocks of queries
   char* queries;   // blocks of Queries
   int64_t queries_size;
 
@@ -88,6 +95,8 @@ struct Scratch {
     o_rows = carve.take<const void*>(query_block);
     dk = carve.take<float>(sizes.keys * width);
     dv = carve.take<float>(sizes.keys * width);
+    dk_part = carve.take<float>(grouped<Op> ? key_block * width : 0);
+    dv_part = carve.take<float>(grouped<Op> ? key_block * width : 0);
     Carve one(nullptr);
     Queries<Op>(problem, one);
     queries_size = one.bytes();
@@ -378,6 +387,10 @@ void write_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t que
   }
 }
 
+inline void add_rows(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
+}
+
 template <class T>
 void backward(const AttentionProblem& problem, const BackwardItem& item, const BackwardInput& input,
               const BackwardOutput& output, const BackwardSizes& sizes, void* memory) {
@@ -388,9 +401,11 @@ void backward(const AttentionProblem& problem, const BackwardItem& item, const B
   const int64_t slots = segment.slots ? problem.global.count + problem.local.count : 0;
   const int64_t all = slots + segment.key_end - segment.key_begin;
   const Context<T> c{problem, segment, input, output, item, scratch, slots, all <= kExactKeys};
-  const int64_t key_step = c.all_keys ? all : keys_of<Op>(problem.dim), step = scratch.query_block, dim = problem.dim, width = scratch.width;
+  const int64_t key_step = c.all_keys ? all : keys_of<Op>(problem.dim);
+  const int64_t step = scratch.query_block, dim = problem.dim, width = scratch.width;
   const bool for_queries = item.part != BackwardPart::kKeys, for_keys = item.part != BackwardPart::kQueries;
   const int64_t blocks = (item.rank_end - item.rank_begin + step - 1) / step;
+  const bool in_parts = grouped<Op> && blocks * problem.group() > kTogether;
   const auto rank_of = [&](int64_t i) { return item.rank_begin + i * step; };
   const auto count_of = [&](int64_t i) { return smaller(step, item.rank_end - rank_of(i)); };
   if (for_keys) {
@@ -413,10 +428,23 @@ void backward(const AttentionProblem& problem, const BackwardItem& item, const B
       float* const dv = for_keys ? scratch.dv + (j0 - item.key_begin) * width : nullptr;
       // under causality, queries before the first key of the block see none of it
       const int64_t first = segment.key_begin + j0 - slots - item.rank_begin;
-      for (int64_t i = problem.causal ? larger(0, first) / step : 0; i < blocks; ++i) {
+      const int64_t start = problem.causal ? larger(0, first) / step : 0;
+      for (int64_t i = start; i < blocks; ++i) {
         const Queries<Op> of = scratch.at(problem, for_queries ? i : 0);
         if (!for_queries) load_queries(c, head, rank_of(i), count_of(i), true, of);
-        block(c, j0, keys, rank_of(i), count_of(i), of, dk, dv, for_queries);
+        if (!for_keys || !in_parts) {
+          block(c, j0, keys, rank_of(i), count_of(i), of, dk, dv, for_queries);
+          continue;
+        }
+        const bool opens = (i - start) % kTogether == 0, closes = (i - start + 1) % kTogether == 0 || i + 1 == blocks;
+        if (opens)
+          for (float* const part : {scratch.dk_part, scratch.dv_part})
+            __builtin_memset(part, 0, keys * width * sizeof(float));
+        block(c, j0, keys, rank_of(i), count_of(i), of, scratch.dk_part, scratch.dv_part, for_queries);
+        if (closes) {
+          add_rows(dk, scratch.dk_part, keys * width);
+          add_rows(dv, scratch.dv_part, keys * width);
+        }
       }
     }
     for (int64_t i = 0; i < blocks && for_queries; ++i)

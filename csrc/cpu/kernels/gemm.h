@@ -22,7 +22,7 @@ constexpr int kPanelVectors = 4, kStrip = 6;
 constexpr int kPanelVectors = 2, kStrip = 6;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;
-constexpr int64_t kChain = 16;
+constexpr int64_t kChain = 32;
 
 // What products of tensors of type T are computed from.
 template <class T>

@@ -102,7 +102,7 @@ struct Kernel {
 
   // R rows, kept in registers between the two sweeps.
   template <int R, int U, class Tail>
-  static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
+  __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
                                  Tail tail) {
     V d[R][U], top[U], low[U], bad = all(Acc(0));
 #pragma GCC unroll 4
@@ -181,7 +181,7 @@ struct Kernel {
     const Weights w = weights(count, rows);
     const Planes local = planes;
     if (rows == kStatsPiece)
-      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) {
+      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
         absorb_rows<kStatsPiece, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
       });
     else

@@ -14,7 +14,7 @@
 //   - from memory, without prefetching: 107 ns float32 (19 GB/s), 115 bfloat16 (9 GB/s); one part alone ran at 30 GB/s,
 //     so it is the number of streams. Prefetching every part 4 KiB ahead: 87 ns (24 GB/s) and 57 (18 GB/s); one part 38.
 //   - results in fresh memory cost more than all of this: first writing 64 MiB in 4 KiB pages brought a call to 5.7 GB/s;
-//     asking for large pages (csrc/cpu/large_pages.h), 15.
+//     asking for large pages (csrc/cpu/memory.h), 15.
 #include "../merge_attention.h"
 
 #include "lanes.h"
