@@ -116,6 +116,65 @@ def test_a_baseline_that_cannot_run_is_a_line_not_the_end(tmp_path: Path, monkey
     assert all("No available kernel" in row["sides"]["x"]["error"] for row in report["cases"])
 
 
+def test_a_backward_that_cannot_run_is_a_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 1 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no backward here")
+
+    def prepare(x: Inputs, options: dict[str, Any]) -> Any:
+        leaf = x["local"].detach().requires_grad_()
+        return lambda: (Once.apply(leaf).sum(),), [leaf]
+
+    case = tiny_cases()[2]
+    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False), **case.baselines})
+    code, report = measure_tiny(tmp_path, monkeypatch, [case])
+    assert code == 0
+    for row in report["cases"]:
+        other = row["sides"]["x"]
+        assert ("median_s" in other) if row["direction"] == "forward" else ("no backward here" in other["error"])
+        assert "median_s" in row["sides"][REFERENCE]
+
+
+def test_a_compiled_baseline_can_run_its_backward_twice() -> None:
+    """What FlexAttention on a GPU needs, on something a CPU compiles."""
+    pytest.importorskip("torch._inductor")
+    x = torch.randn(8, 8, requires_grad=True)
+    compiled = torch.compile(lambda x: torch.sin(x @ x).relu(), backend="aot_eager")
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled(x)
+    out = compiled(x)
+    one, two = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_without_an_implementation_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = dict.fromkeys(gpu_run._dispatch.ORDER, "it is not here") | {"reference": None, "cpu": None}
+    monkeypatch.setattr(gpu_run._dispatch, "explain", lambda op: reasons)
+    monkeypatch.setattr(gpu_run._dispatch, "load", lambda op, name: (None, reasons[name]))
+    for impls in (None, ["triton"]):
+        with pytest.raises(ValueError, match="no implementation of global_stats to measure: triton: it is not here"):
+            gpu_run.require_implementations(["global_stats"], impls)
+    gpu_run.require_implementations(["global_stats"], ["reference"])
+
+
+def test_a_kernel_that_does_not_compile_is_wrong_and_the_others_are_checked() -> None:
+    problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        if impl == "triton":
+            raise KeyError("out of resources")
+        return problem.call(x, impl)
+
+    broken, right = gpu_checks.run_check(dataclasses.replace(problem, call=call), ["triton", "reference"])
+    assert broken["correct"] is False and "out of resources" in broken["error"]
+    assert right["correct"] is True
+
+
 def test_every_problem_of_the_checks_catches_a_wrong_result() -> None:
     problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
     assert gpu_checks.run_check(problem, ["reference"])[0]["correct"] is True
