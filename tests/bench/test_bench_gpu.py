@@ -140,16 +140,30 @@ def test_a_backward_that_cannot_run_is_a_line_too(tmp_path: Path, monkeypatch: p
         assert "median_s" in row["sides"][REFERENCE]
 
 
-def test_a_compiled_baseline_can_run_its_backward_twice() -> None:
-    """What FlexAttention on a GPU needs, on something a CPU compiles."""
-    pytest.importorskip("torch._inductor")
-    x = torch.randn(8, 8, requires_grad=True)
-    compiled = torch.compile(lambda x: torch.sin(x @ x).relu(), backend="aot_eager")
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled(x)
-    out = compiled(x)
-    one, two = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(one, two)
+def test_compiled_baselines_keep_their_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that is timed many times runs on the thread whose compiler settings allow that."""
+    import torch._functorch.config as compiled
+
+    seen = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 1 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append((compiled.donated_buffer, torch.autograd.is_multithreading_enabled()))
+            return grads[0]
+
+    def prepare(x: Inputs, options: dict[str, Any]) -> Any:
+        leaf = x["local"].detach().requires_grad_()
+        return lambda: (Spy.apply(leaf),), [leaf]
+
+    case = tiny_cases()[2]
+    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False)})
+    measure_tiny(tmp_path, monkeypatch, [case])
+    assert len(seen) > 3 and set(seen) == {(False, False)}
 
 
 def test_without_an_implementation_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:

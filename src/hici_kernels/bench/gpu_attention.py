@@ -82,9 +82,6 @@ def flex_assembled(x: Inputs, options: dict[str, Any]) -> Prepared:
     def call() -> Outputs:
         return (tokens_of(compiled(q, k, v, block_mask=mask, enable_gqa=gqa), 0, x["q"]),)
 
-    # compiled here: with donated buffers its backward could run only once
-    with torch._functorch.config.patch(donated_buffer=False):
-        call()
     return call, [q, k, v]
 
 
