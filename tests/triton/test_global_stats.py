@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from far_programs import only_ends
 
 from hici_kernels.errors import ImplError
 from hici_kernels.ops.global_stats import global_stats
@@ -243,6 +244,26 @@ def test_offsets_beyond_32_bits(causal):
     assert torch.equal(out, stats(far, causal))
     grads = [torch.ops.hici.global_stats_backward(out, y, causal, None, None, "triton") for y in (near, far)]
     assert torch.equal(*grads)
+
+
+@pytest.mark.slow
+def test_results_beyond_32_bits():
+    """The last of 2^22 documents of one segment each."""
+    near = sample((1, 1, 8, 128), dtype=F16)
+    n = 2**22
+    far = torch.empty(1, n, 8, 128, dtype=F16)
+    far[:, -1:] = near
+    cu = torch.arange(n + 1, dtype=torch.int32)
+    grad = torch.empty(n, 5, 128, dtype=F16)
+    grad[-1:] = sample((1, 5, 128), seed=5, dtype=F16)
+    assert min(far.numel(), grad.numel()) > 2**31
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    out, dx = launch.forward(near, False, None, one), launch.backward(grad[-1:], near, False, None, one)
+    with only_ends():
+        far_out = launch.forward(far, False, None, cu)
+        far_dx = launch.backward(grad, far, False, None, cu)
+    assert torch.equal(far_out[-1:], out) and out.any()
+    assert torch.equal(far_dx[:, -1:], dx) and dx.any()
 
 
 def test_what_it_does_not_serve_it_says():

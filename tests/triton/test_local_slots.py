@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from far_programs import only_ends
 from hici_oracle import local_slots as oracle
 
 from hici_kernels import local_slots, segments
@@ -283,6 +284,31 @@ def test_offsets_beyond_32_bits():
     case = Case(1, 37, 16, 3, 2, 8, 20, dtype=F16)
     far.copy_(case.tensors[0])
     same(case.run(), case.run([far, *case.tensors[1:]]))
+
+
+@pytest.mark.slow
+def test_scratch_and_results_beyond_32_bits():
+    """The last 5 tokens of 2^27, a segment of their own: weights of all take 2^32 elements."""
+    near = Case(1, 5, 16, 8, 4, 4, 128, dtype=F16)
+    near.tensors[0] += 1
+    s, n = 2**27 + 5, 2**20 + 1
+    far = torch.empty(1, s, 16, dtype=F16)
+    far[:, -5:] = near.tensors[0]
+    grad = torch.zeros(1, n, 8, 16, dtype=F16)
+    grad[:, -1:] = near.grad
+
+    def run(hidden, total, grad):
+        arguments = (hidden, *near.tensors[1:], 4, 128, total, None, None, "zero")
+        cut = launch.Problem("local_slots", *arguments).cut
+        return launch.forward(*arguments), launch.backward(grad, *arguments)[0], cut.tiles * 32 * cut.block
+
+    with mock.patch.object(launch, "absorbs", lambda *_: True):
+        out, dx, _ = run(near.tensors[0], 1, near.grad)
+        with only_ends():
+            far_out, far_dx, weights = run(far, n, grad)
+    assert min(weights, far.numel()) > 2**31
+    assert out.any() and torch.equal(far_out[:, -1:], out)
+    assert dx.any() and torch.equal(far_dx[:, -5:], dx)
 
 
 @pytest.mark.parametrize("seed", range(5))
