@@ -137,10 +137,19 @@ inline void products(const Tokens<T>& tokens, int64_t channels, int64_t columns,
             for (int64_t c = 0; c < there; c += 64 / static_cast<int64_t>(sizeof(Op)))
               ask_for_line(a + r * lda + c);
         }
-        if (k0 == 0 && !Accumulate)
-          gemm<false>(m, panel, k, a + i * lda, lda, b, out + i * ldo + j, ldo);
-        else
-          gemm<true>(m, panel, k, a + i * lda, lda, b, out + i * ldo + j, ldo);
+        float* const to = out + i * ldo + j;
+        if (k0 == 0 && !Accumulate) {
+          gemm<false>(m, panel, k, a + i * lda, lda, b, to, ldo);
+        } else if constexpr (sizeof(Op) == sizeof(float)) {
+          // in parts: a chain of additions over thousands of channels would err more than a score may
+          alignas(64) float part[kGroup * kPanel];
+          gemm<false>(m, panel, k, a + i * lda, lda, b, part, panel);
+          for (int64_t r = 0; r < m; ++r)
+            for (int64_t c = 0; c < panel; c += kLanes)
+              store(to + r * ldo + c, add(load(to + r * ldo + c), load(part + r * panel + c)));
+        } else {
+          gemm<true>(m, panel, k, a + i * lda, lda, b, to, ldo);
+        }
       }
     }
   }
