@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 # one thread per test process: the processes already fill the machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: demo test fast slow lint sanitize wheel install clean
+.PHONY: demo test fast slow aot lint sanitize wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -26,6 +26,10 @@ fast: $(STAMP)
 
 slow: $(STAMP)
 	$(PYTEST) -m slow
+
+# every kernel configuration for every target, without a GPU; what the committed report proves is not compiled again
+aot: $(STAMP)
+	$(BIN)/python -m hici_kernels.aot --report benchmarks/aot.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -65,7 +69,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	@echo "Installing torch (a few minutes, depending on the network)"
 	@$(PIP) torch==2.13.0
 	@echo "Building and installing hici-kernels"
-	@$(PIP) --editable '.[charts,dev]'
+	@$(PIP) --editable '.[charts,dev,triton]'
 	@touch $@
 
 clean:

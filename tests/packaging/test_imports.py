@@ -58,7 +58,7 @@ import sys, torch
 before = set(sys.modules)
 import hici_kernels
 added = {n.split(".")[0] for n in set(sys.modules) - before}
-assert not added & {"tvm_ffi", "matplotlib", "typer", "transformers", "einops", "rich"}, added
+assert not added & {"triton", "flash_attn", "tvm_ffi", "matplotlib", "typer", "transformers", "einops", "rich"}, added
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
 assert "libhici_native" not in maps
 """

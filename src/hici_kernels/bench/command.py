@@ -46,7 +46,7 @@ def run(
     chosen = _names("--op", ops, SUBJECTS) or list(SUBJECTS)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
     kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
-    _names("--suite", suite, SUITES)
+    _names("--suite", suite, (*SUITES, "gpu"))
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:
@@ -56,6 +56,19 @@ def run(
         raise ValueError(f"--path must be among those that this machine runs ({known}), got {path!r}")
     if chart_path is not None:
         chart.require_matplotlib()
+    if suite == "gpu":
+        from . import gpu_run
+
+        if path is not None or threads is not None:
+            raise ValueError("--path and --threads choose among processor kernels, --suite gpu runs none")
+        return gpu_run.run(
+            ops=chosen if ops else None,
+            impls=sides,
+            dtype=None if kind is None else DTYPES[kind],
+            rounds=rounds,
+            json_path=json_path,
+            chart_path=chart_path,
+        )
     wanted = None if kind is None else DTYPES[kind]
     cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
     points = [p for p in decode.points(suite) if wanted in (None, p.dtype)] if "decode" in chosen else []

@@ -89,5 +89,22 @@ def bench(
     raise typer.Exit(code)
 
 
+@app.command()
+def tune(
+    op: Annotated[str | None, typer.Option("--op", help="Tables, separated by commas. Default: all.")] = None,
+    head_dim: Annotated[str | None, typer.Option("--head-dim", help="Head dims of attention. Default: all.")] = None,
+    segment_len: Annotated[str | None, typer.Option("--segment-len", help="Default: 1K to 16K tokens.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Default: bfloat16.")] = None,
+    json: JsonOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, leave the tables alone.")] = False,
+) -> None:
+    """Measure kernel configurations on this GPU and rewrite its entries of the tables."""
+    with user_errors():
+        from ..tuning.search import run
+
+        code = run(ops=op, head_dims=head_dim, segment_lens=segment_len, dtypes=dtype, json_path=json, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     sys.exit(app())

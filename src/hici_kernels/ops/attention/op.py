@@ -1,12 +1,14 @@
 """attention: schema, shapes and gradient of the torch.library operation.
 
-``segment_len`` 0 stands for one segment (per document).
+``segment_len`` 0 stands for one segment (per document). An empty ``grad_lse`` stands for one that is absent;
+implementations that define ``ABSENT_LSE_GRADIENT`` get it so, the others get zeros.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..._dispatch import select
@@ -39,7 +41,10 @@ def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *given, impl = arguments
-    return _select(tuple(given), impl).backward(grad_out, grad_lse, out, lse, *given)
+    module = _select(tuple(given), impl)
+    if grad_lse.numel() == 0 and not getattr(module, "ABSENT_LSE_GRADIENT", False):
+        grad_lse = torch.zeros_like(lse)
+    return module.backward(grad_out, grad_lse, out, lse, *given)
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
@@ -47,14 +52,18 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor,
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # a zero gradient of an unused lse would have to be treated like any other
+    ctx.set_materialize_grads(False)
     tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
     ctx.at = tuple(tensors)
     ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.save_for_backward(*output, *tensors.values())
 
 
-def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = lse.new_empty(0) if grad_lse is None else grad_lse
     arguments = list(ctx.rest)
     for i, x in zip(ctx.at, tensors, strict=True):
         arguments[i] = x
