@@ -124,6 +124,7 @@ def test_an_entry_is_replaced_for_its_dtypes_only() -> None:
 def test_steps() -> None:
     assert search.steps("BLOCK_M", 16) == [32] and search.steps("DQ_BLOCK_N", 256) == [128]
     assert search.steps("num_warps", 4) == [2, 8] and search.steps("num_stages", 1) == [2]
+    assert search.steps("TMA", 0) == [1] and search.steps("TMA", 1) == [0]
     assert search.steps("TILES", 1) == [2] and search.steps("TILES", 64) == [32]
 
 

@@ -88,6 +88,8 @@ def type_of(value: Any) -> str:
     """Triton's type of a launch argument."""
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
@@ -146,6 +148,9 @@ def _attention(entry: Entry) -> Problems:
         yield "full, no slots", (*tokens(b), length, 0, *none, None, None, None, False, d**-0.5)
         cu = torch.tensor([0, length, s], dtype=torch.int32)
         yield "packed", (*tokens(1), length, 0, *prefix(1, n), None, None, cu, True, d**-0.5)
+        if entry.op == "attention":
+            q, k, v = tokens(b)
+            yield "one query", (q[:, -1:], k, v, 0, 0, *none, None, None, None, True, d**-0.5)
 
 
 def _local_slots(entry: Entry) -> Problems:

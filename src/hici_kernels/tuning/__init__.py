@@ -30,7 +30,7 @@ list[AotSignature]`` instead.
 
 from __future__ import annotations
 
-from .chips import architecture, shared_memory
+from .chips import architecture, multiprocessors, shared_memory
 from .lookup import configuration
 from .table import TRITON_TYPES, AotSignature, Entry, read, tables, write
 
@@ -40,6 +40,7 @@ __all__ = [
     "Entry",
     "architecture",
     "configuration",
+    "multiprocessors",
     "read",
     "shared_memory",
     "tables",

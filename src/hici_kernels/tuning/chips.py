@@ -76,6 +76,17 @@ def pretend(arch: str) -> Iterator[None]:
         _PRETENDED.reset(token)
 
 
+# Of a pretended device: about what chips of the tables have.
+PRETENDED_MULTIPROCESSORS = 128
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks a device runs at the same time, at least; 1 for the interpreter."""
+    if _PRETENDED.get() is not None:
+        return PRETENDED_MULTIPROCESSORS
+    return _multiprocessors_of_gpu(device.index) if device.type == "cuda" else 1
+
+
 def architecture(device: torch.device) -> str:
     """The name a table knows a device by; a CPU tensor can only meet a kernel in Triton's interpreter."""
     pretended = _PRETENDED.get()
@@ -84,6 +95,11 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return INTERPRET
     return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors_of_gpu(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @functools.cache

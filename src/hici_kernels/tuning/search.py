@@ -235,6 +235,8 @@ def steps(name: str, value: int) -> list[int]:
         return [WARPS[i] for i in (at - 1, at + 1) if 0 <= i < len(WARPS)]
     if name == "num_stages":
         return [v for v in (value - 1, value + 1) if STAGES[0] <= v <= STAGES[1]]
+    if name == "TMA":
+        return [1 - value]
     low, high = BLOCKS if "BLOCK" in name else COUNTS
     return [v for v in (value // 2, value * 2) if low <= v <= high]
 
