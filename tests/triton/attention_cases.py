@@ -6,6 +6,7 @@ import math
 import mmap
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -152,6 +153,22 @@ def pointer(x: Tensor, offset: int = 0) -> tl.tensor:
     """A kernel argument that the interpreter takes without copying the bfloat16 it points to."""
     kind = tl.pointer_type(tl.bfloat16)
     return tl.tensor(interpreter.TensorHandle(np.array([x.data_ptr() + 2 * offset], dtype=np.uint64), kind), kind)
+
+
+@contextmanager
+def other_order() -> Iterator[list[tuple[int, int]]]:
+    """Programs along the first axis of a grid run in another order; gives (turn, program) of all."""
+    original = interpreter.interpreter_builder.set_grid_idx
+    order: list[tuple[int, int]] = []
+
+    def shuffled(x: int, y: int, z: int) -> None:
+        size = interpreter.interpreter_builder.grid_dim[0]
+        step = next(n for n in (7, 11, 13, 17) if size % n)
+        order.append((x, (x * step + 3) % size))
+        original((x * step + 3) % size, y, z)
+
+    with mock.patch.object(interpreter.interpreter_builder, "set_grid_idx", shuffled):
+        yield order
 
 
 @pytest.fixture(autouse=True, scope="module")
