@@ -222,10 +222,16 @@ def _measure(
 
 
 def neighbours(configuration: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Configurations one step away."""
+    """Configurations one step away: of one value, or of a block and the warps that share it, which stay as busy."""
     for name, value in configuration.items():
         for other in steps(name, value):
             yield {**configuration, name: other}
+    warps = configuration.get("num_warps", 0)
+    for name in [n for n in configuration if "BLOCK" in n]:
+        for other in steps(name, configuration[name]):
+            shared = warps * other // configuration[name]
+            if shared in WARPS:
+                yield {**configuration, name: other, "num_warps": shared}
 
 
 def steps(name: str, value: int) -> list[int]:
