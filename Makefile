@@ -1,4 +1,5 @@
-# Everything from a fresh clone with Python >= 3.10: `make demo` shows it, `make test` proves it.
+# Everything from a fresh clone with Python >= 3.10: `make demo` shows it, `make test` proves it. `make sanitize` runs the
+# C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; it needs CMake and GCC or Clang only.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # one thread per test process: the processes already fill the machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: demo test fast slow aot lint wheel install clean
+.PHONY: demo test fast slow aot lint sanitize wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -35,6 +36,25 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# address space randomisation off: ThreadSanitizer of older compilers does not start under that of newer kernels
+DRIVER = build/driver-$(1)/driver
+NO_ASLR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+CASES ?= 40
+
+sanitize:
+	@$(MAKE) --no-print-directory build/driver-plain build/driver-memory build/driver-threads
+	$(call DRIVER,plain) $(CASES)
+	$(call DRIVER,memory) $(CASES)
+	$(NO_ASLR) $(call DRIVER,threads) $(CASES)
+
+build/driver-plain: SANITIZE :=
+build/driver-memory: SANITIZE := address,undefined
+build/driver-threads: SANITIZE := thread
+.PHONY: build/driver-plain build/driver-memory build/driver-threads
+build/driver-plain build/driver-memory build/driver-threads:
+	@cmake -S csrc/driver -B $@ -DHICI_SANITIZE=$(SANITIZE) > /dev/null
+	@cmake --build $@ --parallel $(shell nproc 2>/dev/null || echo 2)
+
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .
 
@@ -53,4 +73,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist src/*.egg-info src/hici_kernels/libhici_native.so .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) dist build/driver-* src/*.egg-info src/hici_kernels/libhici_native.so .pytest_cache .hypothesis .ruff_cache .mypy_cache

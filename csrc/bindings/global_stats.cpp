@@ -1,6 +1,6 @@
 #include "../cpu/global_stats.h"
 
-#include "arguments.h"
+#include "execution.h"
 
 namespace hici::bindings {
 namespace {
@@ -52,17 +52,18 @@ void check_rows(const cpu::StatsProblem& p, const TensorView& local, const Tenso
 }
 
 void forward(TensorView local, bool causal, ffi::Optional<TensorView> valid, ffi::Optional<TensorView> offsets,
-             TensorView out) {
+             TensorView out, int64_t path, int64_t threads) {
   const cpu::StatsProblem p = problem(local, causal, valid, offsets);
   check_rows(p, local, out, "out");
   with_float_type(local, "local", [&](auto zero) {
     using T = decltype(zero);
-    cpu::global_stats_forward(p, pointer<const T>(local), pointer<T>(out));
+    cpu::global_stats_forward(p, pointer<const T>(local), pointer<T>(out), checked_path(path),
+                              checked_execution(threads));
   });
 }
 
 void backward(TensorView grad_out, TensorView local, bool causal, ffi::Optional<TensorView> valid,
-              ffi::Optional<TensorView> offsets, TensorView grad_local) {
+              ffi::Optional<TensorView> offsets, TensorView grad_local, int64_t path, int64_t threads) {
   const cpu::StatsProblem p = problem(local, causal, valid, offsets);
   check_rows(p, local, grad_out, "grad_out");
   check_cpu(grad_local, "grad_local");
@@ -71,7 +72,8 @@ void backward(TensorView grad_out, TensorView local, bool causal, ffi::Optional<
   check_shape(grad_local, "grad_local", {p.batch, p.segments, p.slots, p.channels});
   with_float_type(local, "local", [&](auto zero) {
     using T = decltype(zero);
-    cpu::global_stats_backward(p, pointer<const T>(local), pointer<const T>(grad_out), pointer<T>(grad_local));
+    cpu::global_stats_backward(p, pointer<const T>(local), pointer<const T>(grad_out), pointer<T>(grad_local),
+                               checked_path(path), checked_execution(threads));
   });
 }
 

@@ -1,28 +1,28 @@
-// Each lane of a vector is one channel. A segment is reduced in two sweeps over its rows, which the first sweep brings
-// into the first-level cache, and merged into the running state by Chan's rule; values are taken relative to the mean
-// of the first segment. So memory is read once, and neither mean nor variance is ever a difference of large numbers.
-//
-// Channels are walked in blocks, so that the running state of a block stays in the first-level cache while rows stream
-// through. Only the norm couples channels: its sums are collected per block and finished in block order.
-
 #include "global_stats.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <memory>
-#include <type_traits>
 #include <vector>
 
-#include "hici/simd.h"
+#include "memory.h"
 
 namespace hici::cpu {
 namespace {
 
-using namespace simd;
+constexpr double kNormFloor = 1e-6;
 
-constexpr double kStdFloor = 1e-6, kNormFloor = 1e-6, kVarianceFloor = 1e-12;
-constexpr int64_t kBlock = 1024;  // channels
+// How work is cut: by shape alone.
+constexpr int64_t kBlock = 512;      // channels: the state of a block and a piece of rows lie in the first-level cache
+constexpr int64_t kNarrow = 128;     // fewest channels of a block
+constexpr int64_t kShort = 16;       // pieces merged without keeping what rounding adds
+constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
+constexpr int64_t kSequences = 64;   // whose states are in memory at a time
+constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
+constexpr int64_t kWorthThreads = 1 << 17;  // elements: one thread takes over ten microseconds
+constexpr int64_t kWave = 4 << 20;   // bytes of local between two meetings of the threads; its means stay in cache
+constexpr int64_t kFar = 16 << 20;   // bytes written: more will not be in cache when it is read
 
 // Segments [start, stop) that share statistics; `out` = first row group of the result they write.
 struct Sequence {
@@ -40,374 +40,511 @@ std::vector<Sequence> sequences(const StatsProblem& p) {
   return found;
 }
 
-inline bool counts(const StatsProblem& p, const Sequence& s, int64_t segment) {
-  return !p.valid || p.valid[s.batch * p.valid_batch + segment * p.valid_segment];
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch memory, cut from one allocation: 64-byte aligned pieces.
+class Carve {
+ public:
+  explicit Carve(void* base) : base_(static_cast<char*>(base)) {}
+  template <class X>
+  X* take(int64_t count) {
+    X* const p = reinterpret_cast<X*>(base_ + used_);
+    used_ += divide_up(count * static_cast<int64_t>(sizeof(X)), 64) * 64;
+    return p;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class T>
+StatsPath<T> path_of(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::stats_path<T>();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::stats_path<T>();
+  }
 }
 
-int64_t first_counting(const StatsProblem& p, const Sequence& s) {
-  int64_t i = s.start;
-  while (i < s.stop && !counts(p, s, i)) ++i;
-  return i;
+// What forward and backward share: the way the problem is cut, and the running state of a block of channels.
+template <class T>
+class Call {
+ public:
+  using Acc = typename simd::accumulator<T>::type;
+  using Planes = StatsPlanes<Acc>;
+
+  Call(const StatsProblem& problem, const T* local, Isa isa, Execution execution)
+      : p(problem), path(path_of<T>(isa)), local_(local), all(sequences(problem)) {
+    segment_bytes = p.slots * p.channels * static_cast<int64_t>(sizeof(T));
+    const int64_t total = p.batch * p.segments * segment_bytes;
+    threads = total / static_cast<int64_t>(sizeof(T)) < kWorthThreads ? Execution{} : execution;
+    block = kBlock;
+    if (p.causal && total >= kLeast)
+      while (block > kNarrow && divide_up(p.channels, block) * static_cast<int64_t>(all.size()) < 16) block /= 2;
+    blocks = divide_up(p.channels, block);
+    // planes whose sizes are powers of two would lie on the same few lines of the first-level cache
+    const int64_t widest = std::min(p.channels, block);
+    ld = divide_up(widest, 16) * 16 + 16;
+    int64_t longest = 0;
+    for (const Sequence& s : all) longest = std::max(longest, s.stop - s.start);
+    careful = longest * divide_up(p.slots, kStatsPiece) > kShort;
+  }
+
+  int64_t width(int64_t b) const { return std::min(block, p.channels - b * block); }
+  bool counts(const Sequence& s, int64_t segment) const {
+    return !p.valid || p.valid[s.batch * p.valid_batch + segment * p.valid_segment];
+  }
+  int64_t first_counting(const Sequence& s) const {
+    int64_t i = s.start;
+    while (i < s.stop && !counts(s, i)) ++i;
+    return i;
+  }
+  const T* rows(const Sequence& s, int64_t segment) const {
+    return local_ + s.batch * p.stride_batch + segment * p.stride_segment;
+  }
+
+  static constexpr int64_t kPlanes = 7;
+  Planes planes(Acc* at) const {
+    return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, careful ? at + 5 * ld : nullptr, at + 6 * ld};
+  }
+
+  void start(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
+    path.start(rows(s, segment) + b * block, p.stride_slot, p.slots, width(b), to);
+  }
+  // Adds one segment to a set of `count` rows; returns the new count.
+  int64_t absorb(const Sequence& s, int64_t segment, int64_t b, const Planes& to, int64_t count) const {
+    const T* const x = rows(s, segment) + b * block;
+    for (int64_t r = 0; r < p.slots; r += kStatsPiece) {
+      const int64_t n = std::min(int64_t{kStatsPiece}, p.slots - r);
+      int64_t ahead = 0;
+      if (r + kStatsPiece < p.slots)
+        ahead = kStatsPiece * p.stride_slot;
+      else if (segment + 1 < s.stop)
+        ahead = p.stride_segment - r * p.stride_slot;
+      path.absorb(x + r * p.stride_slot, p.stride_slot, n, ahead, width(b), to, count);
+      count += n;
+    }
+    return count;
+  }
+
+  const StatsProblem& p;
+  const StatsPath<T> path;
+
+ private:
+  const T* const local_;
+
+ public:
+  const std::vector<Sequence> all;
+  Execution threads;
+  int64_t segment_bytes, block, blocks, ld;
+  bool careful;
+};
+
+// Segments of one sequence that one task of the shared form reads.
+int64_t chunk_segments(int64_t longest, int64_t tasks, int64_t block_bytes) {
+  const int64_t chunks = std::max<int64_t>(1, kTasks / std::max<int64_t>(1, tasks));
+  const int64_t worth = std::max<int64_t>(1, kLeast / 4 / std::max<int64_t>(1, block_bytes));
+  return std::max(divide_up(longest, chunks), worth);
+}
+
+bool far(const void* out, int64_t row_bytes, int64_t total) {
+  return total >= kFar && reinterpret_cast<uintptr_t>(out) % 64 == 0 && row_bytes % 64 == 0;
+}
+
+void zero(void* p, int64_t bytes) {
+  if (bytes > 0) std::memset(p, 0, bytes);
+}
+
+double norm_of(double square) { return std::sqrt(square); }
+
+// A group of sequences, statistics over all their segments: chunks of segments are summarised side by side, then merged
+// in order of chunks.
+template <class T>
+struct Shared {
+  using Acc = typename Call<T>::Acc;
+  const Call<T>& call;
+  const Sequence* const s;
+  const int64_t count;
+  int64_t chunk = 1, chunks = 0;
+  std::vector<int64_t> first, rows;  // [count]; [count][chunks] rows that count
+  std::vector<double> square;        // [count][blocks]
+
+  Shared(const Call<T>& c, const Sequence* sequences, int64_t n) : call(c), s(sequences), count(n) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < n; ++i) longest = std::max(longest, s[i].stop - s[i].start);
+    const int64_t bytes = c.p.slots * std::min(c.block, c.p.channels) * static_cast<int64_t>(sizeof(T));
+    chunk = chunk_segments(longest, n * c.blocks, bytes);
+    chunks = divide_up(longest, chunk);
+    first.resize(n), rows.resize(n * chunks), square.resize(n * c.blocks);
+    for (int64_t i = 0; i < n; ++i) {
+      first[i] = c.first_counting(s[i]);
+      for (int64_t j = first[i]; j < s[i].stop; ++j)
+        if (c.counts(s[i], j)) rows[i * chunks + (j - s[i].start) / chunk] += c.p.slots;
+    }
+  }
+
+  bool empty(int64_t i) const { return first[i] == s[i].stop; }
+  int64_t total(int64_t i) const {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < chunks; ++k) sum += rows[i * chunks + k];
+    return sum;
+  }
+  int64_t state_size() const { return count * call.blocks * chunks * Call<T>::kPlanes * call.ld; }
+  StatsPlanes<Acc> state(Acc* states, int64_t i, int64_t b, int64_t k) const {
+    return call.planes(states + ((i * call.blocks + b) * chunks + k) * Call<T>::kPlanes * call.ld);
+  }
+  int64_t begin(int64_t i, int64_t k) const { return s[i].start + k * chunk; }
+  int64_t end(int64_t i, int64_t k) const { return std::min(s[i].stop, begin(i, k) + chunk); }
+
+  void summarise(Acc* states) const {
+    parallel(call.threads, count * chunks * call.blocks, [&](int64_t task, int) {
+      summarise_chunk(states, task / call.blocks / chunks, task % call.blocks, task / call.blocks % chunks);
+    });
+  }
+  void summarise_chunk(Acc* states, int64_t i, int64_t b, int64_t k) const {
+    if (rows[i * chunks + k] == 0) return;
+    const auto to = state(states, i, b, k);
+    call.start(s[i], first[i], b, to);
+    int64_t done = 0;
+    for (int64_t j = begin(i, k); j < end(i, k); ++j)
+      if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, to, done);
+  }
+
+  // The state of the whole sequence, in the place of its first chunk that has one. Owners [ld] may be null.
+  StatsPlanes<Acc> merged(Acc* states, int64_t i, int64_t b, int32_t* top_owner, int32_t* low_owner) const {
+    int64_t k = 0;
+    while (rows[i * chunks + k] == 0) ++k;
+    const auto into = state(states, i, b, k);
+    if (top_owner) {
+      std::fill_n(top_owner, call.ld, static_cast<int32_t>(k));
+      std::fill_n(low_owner, call.ld, static_cast<int32_t>(k));
+    }
+    int64_t done = rows[i * chunks + k];
+    for (++k; k < chunks; ++k) {
+      const int64_t more = rows[i * chunks + k];
+      if (more == 0) continue;
+      call.path.merge(into, done, state(states, i, b, k), more, call.width(b), top_owner, low_owner,
+                      static_cast<int32_t>(k));
+      done += more;
+    }
+    return into;
+  }
+
+  double total_square(int64_t i) const {
+    double sum = 0;
+    for (int64_t b = 0; b < call.blocks; ++b) sum += square[i * call.blocks + b];
+    return sum;
+  }
+};
+
+template <class T>
+void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* out) {
+  using Acc = typename Call<T>::Acc;
+  Shared<T> g(call, s, count);
+  const int64_t h = call.p.channels;
+  Acc *states, *means;
+  const auto layout = [&](void* base) {
+    Carve carve(base);
+    states = carve.take<Acc>(g.state_size());
+    means = carve.take<Acc>(count * h);
+    return carve.bytes();
+  };
+  const Memory memory(layout(nullptr));
+  layout(memory.data());
+  if (g.chunks > 1) g.summarise(states);
+  parallel(call.threads, count * call.blocks, [&](int64_t task, int) {
+    const int64_t b = task % call.blocks, i = task / call.blocks;
+    if (g.empty(i)) return;
+    if (g.chunks == 1) g.summarise_chunk(states, i, b, 0);
+    const auto whole = g.merged(states, i, b, nullptr, nullptr);
+    g.square[task] = call.path.emit(whole, g.total(i), call.width(b), out + s[i].out * 5 * h + b * call.block, h,
+                                    means + i * h + b * call.block, false);
+  });
+  parallel(call.threads, count, [&](int64_t i, int) {
+    T* const rows_out = out + s[i].out * 5 * h;
+    if (g.empty(i)) return zero(rows_out, 5 * h * sizeof(T));
+    const double norm = std::max(norm_of(g.total_square(i)), kNormFloor);
+    call.path.finish(means + i * h, static_cast<Acc>(norm), h, rows_out + 4 * h, false);
+  });
+}
+
+// Running statistics: a block of channels walks through the segments in order. The norm couples blocks, so threads meet
+// after every wave of segments, whose means are then still in cache.
+template <class T>
+void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* out, bool stream) {
+  using Acc = typename Call<T>::Acc;
+  const int64_t h = call.p.channels, blocks = call.blocks;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) longest = std::max(longest, s[i].stop - s[i].start);
+  const int64_t wave = std::max<int64_t>(1, std::min(longest, kWave / call.segment_bytes / count));
+  const auto layout = [&](void* base, Acc*& states, Acc*& means) {
+    Carve carve(base);
+    states = carve.take<Acc>(count * blocks * Call<T>::kPlanes * call.ld);
+    means = carve.take<Acc>(count * wave * h);
+    return carve.bytes();
+  };
+  Acc *states, *means;
+  const Memory memory(layout(nullptr, states, means));
+  layout(memory.data(), states, means);
+  std::vector<int64_t> first(count), rows(count * blocks);
+  std::vector<double> square(count * wave * blocks);
+  for (int64_t i = 0; i < count; ++i) first[i] = call.first_counting(s[i]);
+
+  for (int64_t at = 0; at < longest; at += wave) {
+    parallel(call.threads, count * blocks, [&](int64_t task, int) {
+      const int64_t b = task % blocks, i = task / blocks;
+      const auto state = call.planes(states + task * Call<T>::kPlanes * call.ld);
+      const int64_t end = std::min(s[i].stop, s[i].start + at + wave);
+      for (int64_t j = std::max(s[i].start + at, first[i]); j < end; ++j) {
+        if (j == first[i]) call.start(s[i], j, b, state);
+        if (call.counts(s[i], j)) rows[task] = call.absorb(s[i], j, b, state, rows[task]);
+        const int64_t place = i * wave + (j - s[i].start - at);
+        square[place * blocks + b] =
+            call.path.emit(state, rows[task], call.width(b), out + (s[i].out + j - s[i].start) * 5 * h + b * call.block,
+                           h, means + place * h + b * call.block, stream);
+      }
+      if (stream) call.path.settle();
+    });
+    parallel(call.threads, count * wave, [&](int64_t place, int) {
+      const int64_t i = place / wave, j = s[i].start + at + place % wave;
+      if (j >= s[i].stop) return;
+      T* const rows_out = out + (s[i].out + j - s[i].start) * 5 * h;
+      if (j < first[i]) return zero(rows_out, 5 * h * sizeof(T));
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += square[place * blocks + b];
+      const double norm = std::max(std::sqrt(sum), kNormFloor);
+      call.path.finish(means + place * h, static_cast<Acc>(norm), h, rows_out + 4 * h, stream);
+      if (stream) call.path.settle();
+    });
+  }
+}
+
+// Factors of the normalised mean's gradient, from sums over all channels.
+template <class Acc>
+struct Unit {
+  Acc inverse, project;
+};
+
+template <class Acc>
+Unit<Acc> unit_of(const StatsNorm* parts, int64_t count) {
+  double square = 0, along = 0;
+  for (int64_t b = 0; b < count; ++b) square += parts[b].square, along += parts[b].along;
+  const double norm = std::sqrt(square);
+  const bool floored = norm <= kNormFloor;
+  return {static_cast<Acc>(1 / (floored ? kNormFloor : norm)), static_cast<Acc>(floored ? 0 : along / square)};
+}
+
+// The part of a segment's gradient in one block of channels, of a segment that does not count.
+template <class T>
+void clear(const Call<T>& call, T* dx, int64_t b) {
+  for (int64_t r = 0; r < call.p.slots; ++r)
+    zero(dx + r * call.p.channels + b * call.block, call.width(b) * sizeof(T));
 }
 
 template <class T>
-inline const T* segment_rows(const StatsProblem& p, const Sequence& s, const T* local, int64_t segment) {
-  return local + s.batch * p.stride_batch + segment * p.stride_segment;
+StatsSpread<T> spread_of(const Call<T>& call, const Sequence& s, int64_t segment, int64_t b, T* grad_local) {
+  StatsSpread<T> a{};
+  const int64_t h = call.p.channels;
+  a.channels = call.width(b);
+  a.x = call.rows(s, segment) + b * call.block;
+  a.stride = call.p.stride_slot;
+  a.rows = call.counts(s, segment) ? call.p.slots : 0;
+  a.dx = grad_local + (s.batch * call.p.segments + segment) * call.p.slots * h + b * call.block;
+  a.dx_stride = a.grad_stride = h;
+  return a;
 }
 
-// Scratch of whole vectors, uninitialised.
-template <class Acc>
-class Plane {
- public:
-  Plane() = default;
-  explicit Plane(int64_t count) : data_(new Acc[count]) {}
-  Acc* operator+(int64_t i) const { return data_.get() + i; }
-
- private:
-  std::unique_ptr<Acc[]> data_;
-};
-
-inline int64_t padded(int64_t channels) { return (channels + 7) / 8 * 8; }
-
-// Calls body(channel, tail) for every vector of channels [begin, end); tail = 0 for a whole vector, else its length.
-template <class Acc, class Body>
-inline void each_vector(int64_t begin, int64_t end, Body&& body) {
-  constexpr int L = lanes<Acc>::count;
-  int64_t c = begin;
-  for (; c + L <= end; c += L) body(c, std::integral_constant<int, 0>{});
-  if (c < end) body(c, static_cast<int>(end - c));
-}
-
-template <class V, class T>
-inline V load(const T* p, std::integral_constant<int, 0>) {
-  return widen(p);
-}
-template <class V, class T>
-inline V load(const T* p, int tail) {
-  return widen_part<V>(p, tail);
-}
-template <class V, class T>
-inline void store(T* p, V v, std::integral_constant<int, 0>) {
-  narrow(p, v);
-}
-template <class V, class T>
-inline void store(T* p, V v, int tail) {
-  narrow_part(p, v, tail);
-}
-
-template <class V>
-inline V root(V v) {
-  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
-  return v;
-}
-
-template <class V>
-inline V deviation(V squares, V count) {
-  const V variance = squares / count;
-  return pick(variance <= splat<V>(kVarianceFloor), splat<V>(kStdFloor), root(variance));
-}
-
-// Running statistics of one block of channels; mean and squares are relative to `shift`.
-template <class T, bool Track>
-struct Running {
-  using Acc = typename accumulator<T>::type;
-  using V = typename lanes<Acc>::value;
-  using I = typename lanes<Acc>::index;
-  using Index = std::decay_t<decltype(I{}[0])>;
-
-  alignas(64) Acc shift[kBlock], mean[kBlock], squares[kBlock], top[kBlock], low[kBlock];
-  alignas(64) Index top_at[Track ? kBlock : 1], low_at[Track ? kBlock : 1];
-  Acc count = 0;
-
-  // rows of the first segment that counts: their mean is the origin
-  void start(const T* rows, int64_t stride, int64_t slots, int64_t channels) {
-    count = 0;
-    each_vector<Acc>(0, channels, [&](int64_t c, auto tail) {
-      V sum = {}, zero = {};
-      for (int64_t r = 0; r < slots; ++r) sum += load<V>(rows + r * stride + c, tail);
-      write(shift + c, sum / static_cast<Acc>(slots));
-      write(mean + c, zero);
-      write(squares + c, zero);
-      write(top + c, splat<V>(-std::numeric_limits<Acc>::infinity()));
-      write(low + c, splat<V>(std::numeric_limits<Acc>::infinity()));
-      if constexpr (Track) {
-        write(top_at + c, I{});
-        write(low_at + c, I{});
-      }
-    });
-  }
-
-  void absorb(const T* rows, int64_t stride, int64_t slots, int64_t channels, int64_t first_row) {
-    const Acc added = static_cast<Acc>(slots), total = count + added;
-    const Rows from{rows, stride, slots, first_row};
-    const Weights w{added, added / total, count * (added / total)};
-    // two vectors at a time: the sums of one alone are a chain of dependent additions
-    constexpr int L = lanes<Acc>::count;
-    constexpr auto whole = std::integral_constant<int, 0>{};
-    int64_t c = 0;
-    for (; c + 2 * L <= channels; c += 2 * L) merge<2>(from, w, c, whole);
-    each_vector<Acc>(c, channels, [&](int64_t at, auto tail) { merge<1>(from, w, at, tail); });
-    count = total;
-  }
-
- private:
-  struct Rows {
-    const T* data;
-    int64_t stride, count, first;
+template <class T>
+void shared_backward(const Call<T>& call, const Sequence* s, int64_t count, const T* grad_out, T* grad_local,
+                     bool stream) {
+  using Acc = typename Call<T>::Acc;
+  Shared<T> g(call, s, count);
+  const int64_t h = call.p.channels, blocks = call.blocks, ld = call.ld, parts = count * blocks;
+  Acc *states, *means, *slopes, *sums;
+  T *tops, *lows;
+  int32_t *top_owners, *low_owners;
+  const auto layout = [&](void* base) {
+    Carve carve(base);
+    states = carve.take<Acc>(g.state_size());
+    means = carve.take<Acc>(parts * ld), slopes = carve.take<Acc>(parts * ld);
+    tops = carve.take<T>(parts * ld), lows = carve.take<T>(parts * ld);
+    top_owners = carve.take<int32_t>(parts * ld), low_owners = carve.take<int32_t>(parts * ld);
+    sums = carve.take<Acc>(call.threads.threads * 5 * ld);
+    return carve.bytes();
   };
-  struct Weights {
-    Acc added, share, between;
+  const Memory memory(layout(nullptr));
+  layout(memory.data());
+  std::vector<StatsNorm> norms(parts);
+  std::vector<StatsPlanes<Acc>> whole(parts);
+
+  g.summarise(states);
+  parallel(call.threads, parts, [&](int64_t part, int) {
+    const int64_t b = part % blocks, i = part / blocks;
+    if (g.empty(i)) return;
+    whole[part] = g.merged(states, i, b, top_owners + part * ld, low_owners + part * ld);
+    norms[part] =
+        call.path.facts(whole[part], g.total(i), call.width(b), grad_out + (s[i].out * 5 + 4) * h + b * call.block,
+                        {means + part * ld, slopes + part * ld, tops + part * ld, lows + part * ld});
+  });
+  parallel(call.threads, count * g.chunks * blocks, [&](int64_t task, int worker) {
+    const int64_t b = task % blocks, k = task / blocks % g.chunks, i = task / blocks / g.chunks;
+    const int64_t part = i * blocks + b;
+    Acc* const at = sums + worker * 5 * ld;
+    bool arrived = false;
+    for (int64_t j = g.begin(i, k); j < g.end(i, k); ++j) {
+      StatsSpread<T> a = spread_of(call, s[i], j, b, grad_local);
+      if (a.rows == 0) {
+        clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, b);
+        continue;
+      }
+      a.stream = stream;
+      a.shift = whole[part].shift;
+      a.group = {means + part * ld, slopes + part * ld, tops + part * ld, lows + part * ld};
+      a.sums = {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld};
+      if (!arrived) {
+        arrived = true;
+        zero(at, 5 * ld * sizeof(Acc));
+        const Unit<Acc> unit = unit_of<Acc>(norms.data() + i * blocks, blocks);
+        a.grad = grad_out + s[i].out * 5 * h + b * call.block;
+        a.inverse = unit.inverse, a.project = unit.project, a.each = 1 / static_cast<Acc>(g.total(i));
+        a.top_owner = top_owners + part * ld, a.low_owner = low_owners + part * ld;
+        a.number = static_cast<int32_t>(k);
+      }
+      call.path.spread(a);
+    }
+    if (stream) call.path.settle();
+  });
+}
+
+// What a group gives to its rows depends on all groups after it: facts are gathered in order of segments, then every
+// block of channels walks back.
+template <class T>
+void causal_backward(const Call<T>& call, const Sequence* s, int64_t count, const T* grad_out, T* grad_local,
+                     bool stream) {
+  using Acc = typename Call<T>::Acc;
+  const int64_t h = call.p.channels, blocks = call.blocks, ld = call.ld;
+  std::vector<int64_t> base(count + 1), first(count);
+  for (int64_t i = 0; i < count; ++i) {
+    first[i] = call.first_counting(s[i]);
+    base[i + 1] = base[i] + s[i].stop - s[i].start;
+  }
+  const int64_t groups = base[count], parts = groups * blocks;
+  Acc *states, *means, *slopes, *sums;
+  T *tops, *lows;
+  const auto layout = [&](void* memory) {
+    Carve carve(memory);
+    states = carve.take<Acc>(count * blocks * Call<T>::kPlanes * ld);
+    means = carve.take<Acc>(parts * ld), slopes = carve.take<Acc>(parts * ld);
+    tops = carve.take<T>(parts * ld), lows = carve.take<T>(parts * ld);
+    sums = carve.take<Acc>(call.threads.threads * 5 * ld);
+    return carve.bytes();
+  };
+  const Memory memory(layout(nullptr));
+  layout(memory.data());
+  std::vector<StatsNorm> norms(parts);
+  std::vector<int64_t> rows(groups);
+  std::vector<Unit<Acc>> units(groups);
+  const auto facts = [&](int64_t group, int64_t b) {
+    const int64_t at = (group * blocks + b) * ld;
+    return StatsFacts<T>{means + at, slopes + at, tops + at, lows + at};
   };
 
-  template <int U, class Tail>
-  inline void merge(const Rows& rows, const Weights& w, int64_t c, Tail tail) {
-    constexpr int L = lanes<Acc>::count;
-    V moved[U], sum[U], high[U], bottom[U], own[U], spread[U];
-    I high_at[U], bottom_at[U];
-    for (int u = 0; u < U; ++u) {
-      moved[u] = read<V>(shift + c + u * L);
-      sum[u] = spread[u] = V{};
-      high[u] = read<V>(top + c + u * L);
-      bottom[u] = read<V>(low + c + u * L);
-      if constexpr (Track) {
-        high_at[u] = read<I>(top_at + c + u * L);
-        bottom_at[u] = read<I>(low_at + c + u * L);
-      }
+  parallel(call.threads, count * blocks, [&](int64_t task, int) {
+    const int64_t b = task % blocks, i = task / blocks;
+    const auto state = call.planes(states + task * Call<T>::kPlanes * ld);
+    int64_t done = 0;
+    for (int64_t j = first[i]; j < s[i].stop; ++j) {
+      if (j == first[i]) call.start(s[i], j, b, state);
+      if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, state, done);
+      const int64_t group = base[i] + j - s[i].start;
+      const T* const unit = grad_out + ((s[i].out + j - s[i].start) * 5 + 4) * h + b * call.block;
+      norms[group * blocks + b] = call.path.facts(state, done, call.width(b), unit, facts(group, b));
     }
-    for (int64_t r = 0; r < rows.count; ++r) {
-      for (int u = 0; u < U; ++u) {
-        const V x = load<V>(rows.data + r * rows.stride + c + u * L, tail);
-        sum[u] += x - moved[u];
-        if constexpr (Track) {
-          const I at = splat<I>(rows.first + r), nan = x != x;
-          const I higher = (x > high[u]) | (nan & (high[u] == high[u]));
-          const I lower = (x < bottom[u]) | (nan & (bottom[u] == bottom[u]));
-          high[u] = pick(higher, x, high[u]);
-          high_at[u] = pick(higher, at, high_at[u]);
-          bottom[u] = pick(lower, x, bottom[u]);
-          bottom_at[u] = pick(lower, at, bottom_at[u]);
-        } else {
-          high[u] = x > high[u] ? x : high[u];
-          bottom[u] = x < bottom[u] ? x : bottom[u];
-        }
-      }
-    }
-    for (int u = 0; u < U; ++u) own[u] = sum[u] / w.added;
-    for (int64_t r = 0; r < rows.count; ++r) {
-      for (int u = 0; u < U; ++u) {
-        const V d = load<V>(rows.data + r * rows.stride + c + u * L, tail) - moved[u] - own[u];
-        spread[u] += d * d;
-      }
-    }
-    for (int u = 0; u < U; ++u) {
-      if constexpr (Track) {
-        write(top_at + c + u * L, high_at[u]);
-        write(low_at + c + u * L, bottom_at[u]);
-      } else if (any(sum[u] != sum[u])) {
-        // comparisons are false for NaN, but a set that holds one has no maximum, as in torch.amax
-        I bad = {};
-        for (int64_t r = 0; r < rows.count; ++r) {
-          const V x = load<V>(rows.data + r * rows.stride + c + u * L, tail);
-          bad |= x != x;
-        }
-        const V nan = splat<V>(std::numeric_limits<Acc>::quiet_NaN());
-        high[u] = pick(bad, nan, high[u]);
-        bottom[u] = pick(bad, nan, bottom[u]);
-      }
-      const V old = read<V>(mean + c + u * L), gap = own[u] - old;
-      write(mean + c + u * L, old + gap * w.share);
-      write(squares + c + u * L, read<V>(squares + c + u * L) + spread[u] + gap * gap * w.between);
-      write(top + c + u * L, high[u]);
-      write(low + c + u * L, bottom[u]);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t done = 0;
+    for (int64_t j = first[i]; j < s[i].stop; ++j) {
+      const int64_t group = base[i] + j - s[i].start;
+      if (call.counts(s[i], j)) done += call.p.slots;
+      rows[group] = done;
+      units[group] = unit_of<Acc>(norms.data() + group * blocks, blocks);
     }
   }
-};
+  parallel(call.threads, count * blocks, [&](int64_t task, int worker) {
+    const int64_t b = task % blocks, i = task / blocks;
+    Acc* const at = sums + worker * 5 * ld;
+    zero(at, 5 * ld * sizeof(Acc));
+    for (int64_t j = s[i].stop - 1; j >= s[i].start; --j) {
+      StatsSpread<T> a = spread_of(call, s[i], j, b, grad_local);
+      if (a.rows == 0) clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, b);
+      if (j < first[i]) continue;
+      const int64_t group = base[i] + j - s[i].start;
+      a.stream = stream;
+      a.shift = call.planes(states + task * Call<T>::kPlanes * ld).shift;
+      a.group = facts(group, b);
+      if (j + 1 < s[i].stop) a.next_mean = facts(group + 1, b).mean;
+      if (j > first[i]) a.before_top = facts(group - 1, b).top, a.before_low = facts(group - 1, b).low;
+      a.grad = grad_out + (s[i].out + j - s[i].start) * 5 * h + b * call.block;
+      a.inverse = units[group].inverse, a.project = units[group].project;
+      a.each = 1 / static_cast<Acc>(rows[group]);
+      a.sums = {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld};
+      call.path.spread(a);
+    }
+    if (stream) call.path.settle();
+  });
+}
 
 }  // namespace
 
 template <class T>
-void global_stats_forward(const StatsProblem& p, const T* local, T* out) {
-  using Acc = typename accumulator<T>::type;
-  using V = typename lanes<Acc>::value;
-  constexpr bool kSame = std::is_same_v<T, Acc>;
-  const int64_t h = p.channels, width = 5 * h;
-  const auto all = sequences(p);
-  const int64_t longest = p.causal ? p.segments : 1;
-  std::vector<double> square(longest);
-  // means before rounding, for the norm; where out has the precision of sums they are read back from there
-  const Plane<Acc> exact = kSame ? Plane<Acc>() : Plane<Acc>(longest * h);
-  auto state = std::make_unique<Running<T, false>>();
-
-  for (const Sequence& s : all) {
-    const int64_t first = first_counting(p, s), groups = p.causal ? s.stop - s.start : 1;
-    T* const rows_out = out + s.out * width;
-    const int64_t unseen = p.causal ? first - s.start : first == s.stop;
-    std::fill_n(reinterpret_cast<unsigned char*>(rows_out), unseen * width * sizeof(T), 0);
-    if (first == s.stop) continue;
-    std::fill(square.begin(), square.end(), 0.0);
-
-    for (int64_t block = 0; block < h; block += kBlock) {
-      const int64_t n = std::min(kBlock, h - block);
-      const auto emit = [&](int64_t group) {
-        T* const row = rows_out + group * width + block;
-        dot_sum norm;
-        each_vector<Acc>(0, n, [&](int64_t c, auto tail) {
-          const V mean = read<V>(state->shift + c) + read<V>(state->mean + c);
-          store(row + c, mean, tail);
-          if constexpr (!kSame) store(exact + (group * h + block + c), mean, tail);
-          store(row + h + c, read<V>(state->top + c), tail);
-          store(row + 2 * h + c, read<V>(state->low + c), tail);
-          store(row + 3 * h + c, deviation(read<V>(state->squares + c), splat<V>(state->count)), tail);
-          norm.add(mean, mean);
-        });
-        square[group] += norm.total();
-      };
-      state->start(segment_rows(p, s, local, first) + block, p.stride_slot, p.slots, n);
-      for (int64_t i = first; i < s.stop; ++i) {
-        if (counts(p, s, i)) state->absorb(segment_rows(p, s, local, i) + block, p.stride_slot, p.slots, n, 0);
-        if (p.causal) emit(i - s.start);
-      }
-      if (!p.causal) emit(0);
-    }
-
-    for (int64_t group = unseen; group < groups; ++group) {
-      const double norm = std::sqrt(square[group]);
-      const Acc divisor = static_cast<Acc>(norm <= kNormFloor ? kNormFloor : norm);
-      T* const row = rows_out + group * width;
-      each_vector<Acc>(0, h, [&](int64_t c, auto tail) {
-        V mean;
-        if constexpr (kSame) {
-          mean = load<V>(row + c, tail);
-        } else {
-          mean = load<V>(exact + (group * h + c), tail);
-        }
-        store(row + 4 * h + c, mean / divisor, tail);
-      });
-    }
+void global_stats_forward(const StatsProblem& p, const T* local, T* out, Isa isa, Execution execution) {
+  const Call<T> call(p, local, isa, execution);
+  const int64_t count = static_cast<int64_t>(call.all.size()), row = p.channels * static_cast<int64_t>(sizeof(T));
+  const int64_t written = p.causal ? p.batch * p.segments * 5 * row : 0;
+  const bool stream = far(out, row, written);
+  prefer_large_pages(out, written);
+  for (int64_t i = 0; i < count; i += kSequences) {
+    const int64_t n = std::min(kSequences, count - i);
+    if (p.causal)
+      causal_forward(call, call.all.data() + i, n, out, stream);
+    else
+      shared_forward(call, call.all.data() + i, n, out);
   }
 }
 
 template <class T>
-void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_out, T* grad_local) {
-  using State = Running<T, true>;
-  using Acc = typename State::Acc;
-  using V = typename State::V;
-  using I = typename State::I;
-  using Index = typename State::Index;
-  const int64_t h = p.channels, width = 5 * h, per_segment = p.slots * h, ld = padded(h);
-  const int64_t longest = p.causal ? p.segments : 1;
-  // per group with a gradient: shifted mean, 1 / (count * std) (0 at the floor), first maximum and minimum
-  const Plane<Acc> means(longest * ld), slopes(longest * ld), shifts(ld);
-  const Plane<Index> tops(longest * ld), lows(longest * ld);
-  std::vector<double> square(longest), along(longest);
-  std::vector<Acc> count(longest);
-  auto state = std::make_unique<State>();
-  // per channel of a block, summed over the groups from the last one down to the current segment
-  struct Sums {
-    alignas(64) Acc constant[kBlock], slope[kBlock], drift[kBlock], top[kBlock], low[kBlock];
-  };
-  auto sums = std::make_unique<Sums>();
-
-  for (const Sequence& s : sequences(p)) {
-    T* const result = grad_local + (s.batch * p.segments) * per_segment;
-    const int64_t first = first_counting(p, s);
-    for (int64_t i = s.start; i < s.stop; ++i)
-      if (!counts(p, s, i))
-        std::fill_n(reinterpret_cast<unsigned char*>(result + i * per_segment), per_segment * sizeof(T), 0);
-    if (first == s.stop) continue;
-    const T* const grads = grad_out + s.out * width;
-    std::fill(square.begin(), square.end(), 0.0);
-    std::fill(along.begin(), along.end(), 0.0);
-
-    for (int64_t block = 0; block < h; block += kBlock) {
-      const int64_t n = std::min(kBlock, h - block);
-      const auto keep = [&](int64_t group) {
-        const T* const g = grads + group * width + block;
-        const int64_t at = group * ld + block;
-        dot_sum norm, with;
-        each_vector<Acc>(0, n, [&](int64_t c, auto tail) {
-          const V own = read<V>(state->mean + c), mean = read<V>(state->shift + c) + own;
-          const V k = splat<V>(state->count), variance = read<V>(state->squares + c) / k;
-          write(means + (at + c), own);
-          write(slopes + (at + c),
-                pick(variance <= splat<V>(kVarianceFloor), V{}, splat<V>(1) / (k * root(variance))));
-          write(tops + (at + c), read<I>(state->top_at + c));
-          write(lows + (at + c), read<I>(state->low_at + c));
-          const V unit = load<V>(g + 4 * h + c, tail);
-          // lanes past the end hold what the state started with, 0, as the tail of every row loads as 0
-          norm.add(mean, mean);
-          with.add(mean, unit);
-        });
-        square[group] += norm.total();
-        along[group] += with.total();
-        count[group] = state->count;
-      };
-      state->start(segment_rows(p, s, local, first) + block, p.stride_slot, p.slots, n);
-      for (int64_t i = first; i < s.stop; ++i) {
-        if (counts(p, s, i))
-          state->absorb(segment_rows(p, s, local, i) + block, p.stride_slot, p.slots, n, i * p.slots);
-        if (p.causal) keep(i - s.start);
-      }
-      if (!p.causal) keep(0);
-      std::copy_n(state->shift, padded(n), shifts + block);
+void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_out, T* grad_local, Isa isa,
+                           Execution execution) {
+  const Call<T> call(p, local, isa, execution);
+  const int64_t count = static_cast<int64_t>(call.all.size()), row = p.channels * static_cast<int64_t>(sizeof(T));
+  const int64_t written = p.batch * p.segments * p.slots * row;
+  const bool stream = far(grad_local, row, written);
+  prefer_large_pages(grad_local, written);
+  for (int64_t i = 0; i < count;) {
+    // running statistics keep every group in memory: no more sequences at a time than keep threads busy
+    int64_t n = 1;
+    int64_t bytes = (call.all[i].stop - call.all[i].start) * call.segment_bytes;
+    while (i + n < count && n < kSequences && (!p.causal || n * call.blocks < 16 || bytes < kWave)) {
+      bytes += (call.all[i + n].stop - call.all[i + n].start) * call.segment_bytes;
+      ++n;
     }
-
-    for (int64_t block = 0; block < h; block += kBlock) {
-      const int64_t n = std::min(kBlock, h - block);
-      std::fill_n(reinterpret_cast<unsigned char*>(sums.get()), sizeof(Sums), 0);
-      for (int64_t i = s.stop - 1; i >= first; --i) {
-        const int64_t group = p.causal ? i - s.start : 0, at = group * ld + block;
-        const bool arrives = p.causal || i == s.stop - 1, later = p.causal && i < s.stop - 1, here = counts(p, s, i);
-        const double norm = std::sqrt(square[group]);
-        const bool floored = norm <= kNormFloor;
-        const Acc inverse = static_cast<Acc>(1 / (floored ? kNormFloor : norm));
-        const Acc project = static_cast<Acc>(floored ? 0 : along[group] / square[group]);
-        const Acc each = 1 / count[group];
-        const T* const g = grads + group * width + block;
-        const T* const x = segment_rows(p, s, local, i) + block;
-        T* const dx = result + i * per_segment + block;
-        each_vector<Acc>(0, n, [&](int64_t c, auto tail) {
-          const V mean = read<V>(means + (at + c)), moved = read<V>(shifts + (block + c));
-          V constant = read<V>(sums->constant + c), slope = read<V>(sums->slope + c);
-          V drift = read<V>(sums->drift + c), top = read<V>(sums->top + c), low = read<V>(sums->low + c);
-          // drift = sum over later groups of slope_i * (mean - mean_i), kept relative to the current mean
-          if (later) drift += slope * (mean - read<V>(means + (at + ld + c)));
-          if (arrives) {
-            const V unit = load<V>(g + 4 * h + c, tail);
-            constant += (load<V>(g + c, tail) + (unit - (mean + moved) * project) * inverse) * each;
-            slope += load<V>(g + 3 * h + c, tail) * read<V>(slopes + (at + c));
-            top += load<V>(g + h + c, tail);
-            low += load<V>(g + 2 * h + c, tail);
-          }
-          if (here) {
-            const I top_at = read<I>(tops + (at + c)), low_at = read<I>(lows + (at + c));
-            const V base = constant + drift;
-            for (int64_t r = 0; r < p.slots; ++r) {
-              const I row = splat<I>(i * p.slots + r);
-              V d = base + slope * (load<V>(x + r * p.stride_slot + c, tail) - moved - mean);
-              d += pick(top_at == row, top, V{});
-              d += pick(low_at == row, low, V{});
-              store(dx + r * h + c, d, tail);
-            }
-            // an extreme that this segment has set was not yet the extreme of earlier groups
-            const I begin = splat<I>(i * p.slots);
-            top = pick(top_at >= begin, V{}, top);
-            low = pick(low_at >= begin, V{}, low);
-          }
-          write(sums->constant + c, constant);
-          write(sums->slope + c, slope);
-          write(sums->drift + c, drift);
-          write(sums->top + c, top);
-          write(sums->low + c, low);
-        });
-      }
-    }
+    if (p.causal)
+      causal_backward(call, call.all.data() + i, n, grad_out, grad_local, stream);
+    else
+      shared_backward(call, call.all.data() + i, n, grad_out, grad_local, stream);
+    i += n;
   }
 }
 
-#define HICI_INSTANTIATE(T)                                                      \
-  template void global_stats_forward<T>(const StatsProblem&, const T*, T*);      \
-  template void global_stats_backward<T>(const StatsProblem&, const T*, const T*, T*);
+#define HICI_INSTANTIATE(T)                                                                           \
+  template void global_stats_forward<T>(const StatsProblem&, const T*, T*, Isa, Execution);           \
+  template void global_stats_backward<T>(const StatsProblem&, const T*, const T*, T*, Isa, Execution);
 HICI_INSTANTIATE(float)
 HICI_INSTANTIATE(double)
 HICI_INSTANTIATE(bfloat16)

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#include "hici/simd.h"
+#include "isa.h"
+#include "parallel.h"
+
 namespace hici::cpu {
 
 // local [batch, segments, slots, channels], channels contiguous, other strides free (in elements).
@@ -17,11 +21,95 @@ struct StatsProblem {
 };
 
 // out, contiguous: [batch, 5, channels]; packed [documents, 5, channels]; causal [batch, segments, 5, channels].
+// Throws std::bad_alloc before anything is written.
 template <class T>
-void global_stats_forward(const StatsProblem& p, const T* local, T* out);
+void global_stats_forward(const StatsProblem& p, const T* local, T* out, Isa isa, Execution execution);
 
 // grad_out as out; grad_local contiguous [batch, segments, slots, channels].
 template <class T>
-void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_out, T* grad_local);
+void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_out, T* grad_local, Isa isa,
+                           Execution execution);
+
+// Statistics of a set of rows, one value per channel. mean is relative to shift; squares = sum of squared deviations.
+// What rounding added to either is kept beside it (null = not kept): many merges would lose digits otherwise.
+template <class Acc>
+struct StatsPlanes {
+  Acc *shift, *mean, *squares, *top, *low, *mean_excess, *squares_excess;
+};
+
+// Sums over the groups of a sequence from its last one down to the present, one value per channel: what every row of an
+// earlier segment receives is constant + drift + slope * (its distance from the present mean).
+template <class Acc>
+struct StatsSums {
+  Acc *constant, *slope, *drift, *top, *low;
+};
+
+// What the gradient needs of one group. Extremes are values of T: they lose nothing.
+template <class T>
+struct StatsFacts {
+  using Acc = typename simd::accumulator<T>::type;
+  Acc *mean, *slope;  // relative to the shift; 1 / (count * std), 0 at the floor
+  T *top, *low;
+};
+
+// One segment of the backward pass, `channels` of it.
+template <class T>
+struct StatsSpread {
+  using Acc = typename simd::accumulator<T>::type;
+  int64_t channels;
+  const T* x;
+  int64_t stride, rows;  // rows = 0: a segment that does not count
+  T* dx;
+  int64_t dx_stride;
+  bool stream;
+  const Acc* shift;
+  StatsFacts<T> group;   // that the segment is the last of, or the only one
+  const Acc* next_mean;  // of the next group; null = there is none
+  const T *before_top, *before_low;  // of the previous group; null = there is none
+  // the group's gradient [5][grad_stride], null = it has arrived already
+  const T* grad;
+  int64_t grad_stride;
+  Acc inverse, project, each;  // 1 / norm; <unit gradient, mean> / norm^2; 1 / count
+  // which piece of the sequence holds an extreme first, and this piece's number; null = this one
+  const int32_t *top_owner, *low_owner;
+  int32_t number;
+  StatsSums<Acc> sums;
+};
+
+constexpr int kStatsPiece = 8;  // rows merged into a state at a time
+
+struct StatsNorm {
+  double square, along;  // sums over channels: mean^2; mean * gradient of the unit vector
+};
+
+// What a path provides: blocks of `n` channels. `stream`: stores go past the caches (aligned to 64 bytes); settle()
+// makes them visible to other threads.
+template <class T>
+struct StatsPath {
+  using Acc = typename simd::accumulator<T>::type;
+  using Planes = StatsPlanes<Acc>;
+  // the empty set, seen from the mean of these rows
+  void (*start)(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes&);
+  // adds rows to a set of `count`; those `ahead` elements further on come next
+  void (*absorb)(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes&, int64_t count);
+  // adds a later set to an earlier one of equal shift; owners, if not null, take `number` where its extreme wins
+  void (*merge)(const Planes& into, int64_t count, const Planes& from, int64_t from_count, int64_t n,
+                int32_t* top_owner, int32_t* low_owner, int32_t number);
+  // rows mean, max, min, std of the result, `stride` apart, and the means before rounding; their sum of squares
+  double (*emit)(const Planes&, int64_t count, int64_t n, T* out, int64_t stride, Acc* means, bool stream);
+  // the normalised mean
+  void (*finish)(const Acc* means, Acc norm, int64_t n, T* out, bool stream);
+  StatsNorm (*facts)(const Planes&, int64_t count, int64_t n, const T* grad_unit, const StatsFacts<T>&);
+  void (*spread)(const StatsSpread<T>&);
+  void (*settle)();
+};
+
+#define HICI_DECLARE(value, text, space) \
+  namespace space {                      \
+  template <class T>                     \
+  StatsPath<T> stats_path();             \
+  }
+HICI_PATHS(HICI_DECLARE)
+#undef HICI_DECLARE
 
 }  // namespace hici::cpu

@@ -50,33 +50,35 @@ def tensor(name: str, value: Any, layout: str) -> None:
     """A tensor whose number of dimensions is that of ``layout``, e.g. "B, S, H, D"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor [{layout}], got {type(value).__name__}")
-    ndim = len(layout.split(",")) if layout else 0
+    ndim = layout.count(",") + 1 if layout else 0
     if value.ndim != ndim:
         raise ValueError(f"{name} must be [{layout}] ({ndim} dimensions), got shape {tuple(value.shape)}")
 
 
 def floats(**tensors: Tensor | None) -> None:
     """All given tensors share one supported floating dtype and one device; the first one sets both."""
-    given = {n: t for n, t in tensors.items() if t is not None}
-    first, lead = next(iter(given.items()))
-    if lead.dtype not in FLOATS:
-        raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {lead.dtype}")
-    for name, t in given.items():
-        if t.dtype != lead.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {lead.dtype} like {first}")
-        if t.device != lead.device:
-            raise ValueError(f"{name} is on {t.device}, expected {lead.device} like {first}")
+    first, lead = next((n, t) for n, t in tensors.items() if t is not None)
+    dtype, device = lead.dtype, lead.device
+    if dtype not in FLOATS:
+        raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {dtype}")
+    for name, t in tensors.items():
+        if t is None or t is lead:
+            continue
+        if t.dtype != dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {dtype} like {first}")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, expected {device} like {first}")
 
 
-def shape(name: str, value: Tensor, expected: Sequence[int], layout: str) -> None:
+def shape(name: str, value: Tensor, expected: tuple[int, ...], layout: str) -> None:
     """Exact shape; ``layout`` says what the numbers mean."""
-    if value.ndim != len(expected) or any(a != b for a, b in zip(value.shape, expected, strict=True)):
+    if value.shape != expected:
         raise ValueError(f"{name} must be [{layout}] = {list(expected)}, got {list(value.shape)}")
 
 
 def last_contiguous(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
+        if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {t.stride()}")
 
 
@@ -96,9 +98,10 @@ def qkv(q: Any, k: Any, v: Any) -> None:
     tensor("k", k, "B, S, Hkv, D")
     tensor("v", v, "B, S, Hkv, D")
     b, _, hq, d = q.shape
-    s, hkv = k.shape[1], k.shape[2]
-    shape("k", k, (b, s, hkv, d), "B, S, Hkv, D")
-    shape("v", v, (b, s, hkv, d), "B, S, Hkv, D like k")
+    kb, s, hkv, kd = k.shape
+    if kb != b or kd != d:
+        shape("k", k, (b, s, hkv, d), "B, S, Hkv, D")
+    shape("v", v, k.shape, "B, S, Hkv, D like k")
     heads("q", hq, "k", hkv)
     if d < 1:
         raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")

@@ -9,7 +9,8 @@ An operation lives in ``hici_kernels/ops/<op>/``. An implementation is a file th
     rejects(**arguments) -> str | None   optional: why it cannot serve this call
 
 Adding a file is all it takes: nothing else in the folder changes. ``impl=None`` takes the first of ``ORDER`` that
-serves the call; a named implementation that cannot serve it raises :class:`ImplError` with the reason.
+serves the call; a named implementation that cannot serve it raises :class:`ImplError` with the reason. Pairs in
+``NAMED_ONLY`` are never taken without their name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
+from . import _triton
 from .errors import ImplError
 
 ORDER = ("cuda", "triton", "cpu", "flash_attn", "reference")
@@ -32,6 +36,13 @@ OPS = (
     "hga_route",
     "hga_attention",
 )
+
+
+# (implementation, device type of the tensors): Triton's interpreter is right and slow, made for tests.
+NAMED_ONLY = frozenset({("triton", "cpu")})
+
+# What an implementation needs whatever the operation; asked before its module is imported.
+NEEDS = {"triton": _triton.unavailable}
 
 
 def check_impl(impl: str | None) -> str:
@@ -49,6 +60,9 @@ def load(op: str, name: str) -> tuple[ModuleType | None, str | None]:
     qualified = f"hici_kernels.ops.{op}.{name}"
     if importlib.util.find_spec(qualified) is None:
         return None, "there is no such implementation of this operation yet"
+    reason = NEEDS[name]() if name in NEEDS else None
+    if reason:
+        return None, reason
     try:
         module = importlib.import_module(qualified)
     except ImportError as error:
@@ -58,18 +72,35 @@ def load(op: str, name: str) -> tuple[ModuleType | None, str | None]:
     return (None, reason) if reason else (module, None)
 
 
+@functools.cache
+def _candidates(op: str, device: str) -> tuple[tuple[ModuleType, Any], ...]:
+    """(module, its ``rejects`` or None) of every implementation that may take tensors of ``device``, in ``ORDER``."""
+    modules = (load(op, name)[0] for name in ORDER if (name, device) not in NAMED_ONLY)
+    return tuple((m, getattr(m, "rejects", None)) for m in modules if m is not None)
+
+
+def _device(arguments: dict[str, Any]) -> str:
+    """Device type of the first argument: a tensor, or a list of them."""
+    first: Any = next(iter(arguments.values()))
+    while not isinstance(first, Tensor):
+        first = first[0]
+    return str(first.device.type)
+
+
 def select(op: str, impl: str, arguments: dict[str, Any]) -> ModuleType:
     """The implementation module for one call. ``impl`` is "" (choose) or a name (that one or an error)."""
-    for name in (impl,) if impl else ORDER:
-        module, reason = load(op, name)
-        if module is not None:
-            rejects = getattr(module, "rejects", None)
-            reason = rejects(**arguments) if rejects is not None else None
-            if reason is None:
-                return module
-        if impl:
-            raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")
-    raise ImplError(f"no implementation of {op} serves this call")
+    if not impl:
+        for candidate, rejects in _candidates(op, _device(arguments)):
+            if rejects is None or rejects(**arguments) is None:
+                return candidate
+        raise ImplError(f"no implementation of {op} serves this call")
+    module, reason = load(op, impl)
+    if module is not None:
+        rejects = getattr(module, "rejects", None)
+        reason = rejects(**arguments) if rejects is not None else None
+        if reason is None:
+            return module
+    raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")
 
 
 def explain(op: str) -> dict[str, str | None]:

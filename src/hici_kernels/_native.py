@@ -6,15 +6,21 @@ loaded before a native kernel is asked for.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PATH = Path(__file__).with_name("libhici_native.so")
+FASTEST = -1
+_forced = contextvars.ContextVar("hici_native_path", default=FASTEST)
+
 COST = "CPU tensors are served by the slower PyTorch reference"
 
 
@@ -44,6 +50,40 @@ def status() -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def paths() -> dict[str, int]:
+    """Instruction-set paths of the kernels that this processor runs, slowest first: name -> number.
+
+    "base" is AVX2 on x86-64; "avx512"; "avx512_bf16" (bfloat16 products); "amx" (bfloat16 tiles). Each one includes the
+    ones before it. Empty where the library is not usable.
+    """
+    if status() is not None:
+        return {}
+    pairs = (str(entry).split() for entry in library().cpu_paths())
+    return {name: int(number) for number, name in pairs}
+
+
+@contextlib.contextmanager
+def path(name: str) -> Iterator[None]:
+    """Serve the calls inside by one named path instead of the fastest.
+
+    Raises:
+        ValueError: if this processor does not run it.
+    """
+    if name not in paths():
+        raise ValueError(f"name must be one of {', '.join(map(repr, paths())) or 'none on this machine'}, got {name!r}")
+    token = _forced.set(paths()[name])
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def execution() -> tuple[int, int]:
+    """(path, threads): the last two arguments of native operations. Results never depend on the second."""
+    return _forced.get(), torch.get_num_threads()
 
 
 def _missing() -> str | None:

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hici_kernels import HGAConfig
+from hici_kernels import HGAConfig, _native, attention
 from hici_kernels._dispatch import OPS, ORDER
 from hici_kernels.bench import attention as attention_cases
-from hici_kernels.bench import command, global_stats, hga_attention, hga_route, machine, memory, merge_attention, report
-from hici_kernels.bench.case import Case, with_gradients
-from hici_kernels.bench.run import PLAIN, alternate, measure
-from hici_kernels.bench.shapes import SUITES, TINY
+from hici_kernels.bench import command, decode, global_stats, hga_attention, hga_route, merge_attention, report, run
+from hici_kernels.bench.case import PLAIN, Baseline, Case, with_gradients
+from hici_kernels.bench.run import alternate, measure
+from hici_kernels.bench.shapes import SUITES, TINY, Layer
 
 CEILINGS = {"matmul_flops": {str(torch.float32): 1e11, str(torch.bfloat16): 1e11}, "copy_bytes_per_s": 1e10}
+EIGHT = Layer("eight heads", 64, 8, 4, 16)
 
 
 def tiny() -> Case:
@@ -83,7 +84,28 @@ def test_every_case_is_right_at_once_in_the_quick_suite(op: str) -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_name_every_operation(suite: str) -> None:
-    assert all(command.load(op, suite) for op in OPS)
+    hga = {op for op in OPS if op.startswith("hga")}
+    assert {op for op in OPS if not command.load(op, suite)} == (hga if suite == "cpu" else set())
+
+
+def test_suite_cpu_is_what_the_kernels_are_judged_by() -> None:
+    cases = {op: command.load(op, "cpu") for op in (*OPS, "hici_layer")}
+    both = {torch.float32, torch.bfloat16}
+    assert {c.dtype for c in cases["attention"]} == both
+    for case in cases["attention"]:
+        assert case.shape.startswith("batch 1, 16384 tokens, segments of 4096, 32/8 heads, D 128, 4 global and 8 local")
+        assert case.against == attention_cases.EXPANDED and case.baselines[case.against].backward
+        assert case.exps == 32 * 4 * (4096 * 4097 // 2 + 4096 * 12) and case.flops == 4 * 128 * case.exps
+    assert {(c.name, c.dtype) for c in cases["local_slots"]} == {(n, d) for n in ("H 4096", "H 512") for d in both}
+    assert all(
+        "4096 tokens, segments of 4096" in c.shape and "E 512, 8 heads, M 8" in c.shape for c in cases["local_slots"]
+    )
+    large = [c for c in cases["global_stats"] if c.name == "256 MiB"]
+    assert {c.dtype for c in large} == both
+    assert all(c.bytes - 5 * 4096 * c.dtype.itemsize == 1 << 28 for c in large)
+    assert [c.name for c in cases["hici_layer"]] == ["Llama-2-7B layer, core", "Llama-2-7B layer, with projections"]
+    sizes = {(p.queries, p.cached) for p in decode.points("cpu") if p.slots}
+    assert {1, 64} <= {s for s, _ in sizes} and {0, 65536} <= {c for _, c in sizes}
 
 
 @pytest.mark.parametrize(("s", "segment_len", "slots"), [(10, 4, 3), (16, 16, 0), (7, 100, 2), (9, 1, 5)])
@@ -110,9 +132,92 @@ def test_bytes_of_statistics() -> None:
 
 
 def test_gradients_are_those_of_the_weighted_sum() -> None:
-    outs = with_gradients({"x": torch.tensor([3.0, 4.0])}, ("x",), lambda i: (i["x"] ** 2,))
-    noise = torch.randn(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(outs[1].double(), 2 * torch.tensor([3.0, 4.0]).double() * noise, rtol=1e-6, atol=0)
+    upstream = (torch.tensor([0.5, -2.0]),)
+    outs = with_gradients({"x": torch.tensor([3.0, 4.0])}, ("x",), lambda i: (i["x"] ** 2,), upstream)
+    assert torch.equal(outs[0], torch.tensor([9.0, 16.0])) and torch.equal(outs[1], torch.tensor([3.0, -16.0]))
+
+
+def judged(dtype: torch.dtype = torch.float32) -> Case:
+    return attention_cases.make(EIGHT, 1, 64, 16, dtype, judged=True)
+
+
+def test_a_part_is_that_part_of_the_whole() -> None:
+    case = judged()
+    part, x = case.part, case.wide(case.rounded())
+    assert part is not None and part.outputs is not None
+    upstream = (torch.randn(1, 64, 8, 16, dtype=torch.float64),)
+    whole = with_gradients(x, case.differentiable, case.plain, upstream)
+    alone = with_gradients(part.inputs(x), case.differentiable, case.plain, part.outputs(upstream))
+    gradients = part.inputs(dict(zip(case.differentiable, whole[1:], strict=True)))
+    assert alone[0].shape[2] == 4 and alone[2].shape[2] == 2  # 2 of 4 kv heads
+    for found, expected in zip(alone, (*part.outputs(whole[:1]), *gradients.values()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("head", [0, 7])
+def test_a_wrong_head_of_the_timed_call_gets_no_speed(backward: bool, head: int) -> None:
+    right = judged()
+
+    def call(x: dict, impl: str | None) -> tuple:
+        (out,) = right.call(x, impl)
+        factor = torch.ones(8, 1)
+        factor[head] = 1.001
+        return (out * factor,)
+
+    row = measure(dataclasses.replace(right, call=call), ["reference"], 7, CEILINGS, backward=backward)
+    assert row["sides"]["reference"]["correct"] is False and "median_s" not in row["sides"]["reference"]
+    assert PLAIN not in row["sides"] and "kv heads 0, 3 of 4" in row["checked"]
+
+
+@pytest.mark.parametrize("name", [attention_cases.EXPANDED, attention_cases.GROUPED])
+def test_sdpa_at_its_best_attends_the_tokens(name: str) -> None:
+    case = judged()
+    x = case.wide(case.rounded())
+    baseline = case.baselines[name]
+    prepared = baseline.prepare(x)
+    assert all(t.is_contiguous() and t.shape[0] == 4 for t in prepared.values())
+    assert prepared["k"].shape[1] == (8 if name == attention_cases.EXPANDED else 4)
+    expected = attention(x["q"], x["k"], x["v"], segment_len=16, impl="reference")
+    found = baseline.call(prepared)[0].transpose(1, 2).reshape(expected.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_speedups_are_over_the_named_side() -> None:
+    right = dataclasses.replace(judged(), call=lambda x, impl: judged().plain(x))
+    row = measure(right, ["reference"], 7, CEILINGS, backward=True)
+    assert set(row["sides"]) == {"reference", attention_cases.EXPANDED}  # the other one is timed forward only
+    ours, best = (row["sides"][n] for n in ("reference", attention_cases.EXPANDED))
+    assert ours["speedup"] == pytest.approx(best["median_s"] / ours["median_s"]) and best["speedup"] == 1.0
+    assert ours["rounds"] == best["rounds"] == 7 and row["against"] == attention_cases.EXPANDED
+
+
+def test_a_baseline_gets_its_gradients_too() -> None:
+    seen: list[bool] = []
+
+    def call(x: dict) -> tuple:
+        seen.append(x["y"].requires_grad)
+        return (x["y"] * 2,)
+
+    extra = Baseline(call, lambda x: {"y": x["outs"]}, backward=True)
+    row = measure(dataclasses.replace(tiny(), baselines={"double": extra}), ["reference"], 7, CEILINGS, backward=True)
+    assert seen[-1] and row["sides"]["double"]["other_work"] and "speedup" in row["sides"]["double"]
+
+
+def test_long_sides_beside_the_point_run_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LONG", 1e-9)
+    times = alternate({"a": lambda: None, "b": lambda: None}, 7, {"b"})
+    assert len(times["a"]) == 7 and len(times["b"]) == run.FEW == 3
+    monkeypatch.setattr(run, "VERY_LONG", 1e-9)
+    times = alternate({"a": lambda: None, "b": lambda: None}, 7, {"b"})
+    assert len(times["a"]) == 7 and len(times["b"]) == 1
+
+
+def test_a_side_that_was_called_before_is_not_warmed_again() -> None:
+    called: list[str] = []
+    sides = {name: (lambda name=name: called.append(name)) for name in "ab"}
+    alternate(sides, 7, known={"a": 0.5})
+    assert called[:3] == ["b", "b", "a"] and called.count("a") == 7
 
 
 def test_sides_alternate() -> None:
@@ -124,16 +229,6 @@ def test_sides_alternate() -> None:
     assert all(len(t) == 7 and min(t) > 0 for t in times.values())
     tail = [n for i, n in enumerate(order) if i == 0 or order[i - 1] != n]
     assert tail[-6:] == ["a", "b"] * 3
-
-
-def test_peak_memory_counts_what_a_call_allocates() -> None:
-    peak = memory.peak_bytes(lambda: torch.empty(1 << 20, dtype=torch.uint8).float().sum())
-    assert peak is None or 5 << 20 <= peak <= 6 << 20
-
-
-def test_ceilings_are_measured() -> None:
-    found = machine.ceilings([torch.float32])
-    assert found["matmul_flops"]["torch.float32"] > 1e8 and found["copy_bytes_per_s"] > 1e7
 
 
 def test_files(tmp_path: Path) -> None:
@@ -151,14 +246,17 @@ def test_files(tmp_path: Path) -> None:
     assert code == 0
     assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     found = json.loads((tmp_path / "a" / "b.json").read_text())
-    assert set(found) == {"machine", "ceilings", "rounds", "suite", "cases"}
+    assert set(found) == {
+        *("machine", "ceilings", "ceilings_after", "rounds", "suite", "path"),
+        *("cases", "decode", "goals"),
+    }
     assert {"cpu", "torch", "threads", "load_average", "revision"} <= set(found["machine"])
     row = found["cases"][0]
     assert {"op", "case", "shape", "dtype", "direction", "flops", "bytes", "sides"} <= set(row)
     for name in ("reference", PLAIN):
         side = row["sides"][name]
         assert side["fastest_s"] <= side["median_s"] <= side["slowest_s"]
-        assert side["roofline_share"] > 0 and side["speedup_over_plain"] > 0
+        assert side["roofline_share"] > 0 and side["speedup"] > 0
 
 
 @pytest.mark.parametrize(
@@ -167,16 +265,42 @@ def test_files(tmp_path: Path) -> None:
         ({"ops": "attentoin"}, "--op must be among .*attention"),
         ({"impls": "cpu,fast"}, "--impl must be among .*reference"),
         ({"dtype": "int8"}, "--dtype must be among"),
-        ({"suite": "huge"}, "--suite must be among quick, cpu, gpu"),
+        ({"suite": "huge"}, "--suite must be among quick, cpu, layers, gpu"),
         ({"rounds": 3}, "--rounds must be at least 7"),
         ({"threads": 0}, "--threads must be at least 1"),
-        ({"ops": "hga_route", "dtype": "float16"}, "--dtype float16 has no case"),
+        ({"suite": "gpu", "threads": 1}, "--path and --threads choose among processor kernels"),
+        ({"path": "sse"}, "--path must be among those that this machine runs"),
+        ({"ops": "hga_route", "dtype": "float16"}, "--suite quick has no case of --op hga_route with --dtype float16"),
+        ({"ops": "hga_route", "suite": "cpu"}, "--suite cpu has no case of --op hga_route"),
     ],
 )
 def test_unknown_names(change: dict, message: str) -> None:
     given = {"ops": None, "impls": None, "dtype": None, "suite": "quick", "threads": None, "rounds": 7}
     with pytest.raises(ValueError, match=message):
         command.run(**{**given, **change}, json_path=None, chart_path=None)
+
+
+@pytest.mark.skipif(not _native.paths(), reason="the native library is not usable here")
+def test_a_path_is_forced_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    case = dataclasses.replace(tiny(), call=lambda x, impl: (seen.append(_native.execution()), tiny().call(x, impl))[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load", lambda op, suite: [case])
+        code = command.run(
+            ops="merge_attention",
+            impls="reference",
+            dtype=None,
+            suite="quick",
+            threads=1,
+            rounds=7,
+            json_path=tmp_path / "a.json",
+            chart_path=None,
+            path="base",
+        )
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and set(seen) == {(_native.paths()["base"], 1)}
+    assert found["path"] == found["ceilings"]["path"] == "base" and found["machine"]["threads"] == 1
+    assert "path base" in capsys.readouterr().out and _native.execution()[0] == _native.FASTEST
 
 
 def test_names_of_implementations_are_those_of_the_dispatch() -> None:

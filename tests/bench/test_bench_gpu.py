@@ -116,6 +116,79 @@ def test_a_baseline_that_cannot_run_is_a_line_not_the_end(tmp_path: Path, monkey
     assert all("No available kernel" in row["sides"]["x"]["error"] for row in report["cases"])
 
 
+def test_a_backward_that_cannot_run_is_a_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 1 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no backward here")
+
+    def prepare(x: Inputs, options: dict[str, Any]) -> Any:
+        leaf = x["local"].detach().requires_grad_()
+        return lambda: (Once.apply(leaf).sum(),), [leaf]
+
+    case = tiny_cases()[2]
+    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False), **case.baselines})
+    code, report = measure_tiny(tmp_path, monkeypatch, [case])
+    assert code == 0
+    for row in report["cases"]:
+        other = row["sides"]["x"]
+        assert ("median_s" in other) if row["direction"] == "forward" else ("no backward here" in other["error"])
+        assert "median_s" in row["sides"][REFERENCE]
+
+
+def test_compiled_baselines_keep_their_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that is timed many times runs on the thread whose compiler settings allow that."""
+    import torch._functorch.config as compiled
+
+    seen = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 1 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append((compiled.donated_buffer, torch.autograd.is_multithreading_enabled()))
+            return grads[0]
+
+    def prepare(x: Inputs, options: dict[str, Any]) -> Any:
+        leaf = x["local"].detach().requires_grad_()
+        return lambda: (Spy.apply(leaf),), [leaf]
+
+    case = tiny_cases()[2]
+    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False)})
+    measure_tiny(tmp_path, monkeypatch, [case])
+    assert len(seen) > 3 and set(seen) == {(False, False)}
+
+
+def test_without_an_implementation_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = dict.fromkeys(gpu_run._dispatch.ORDER, "it is not here") | {"reference": None, "cpu": None}
+    monkeypatch.setattr(gpu_run._dispatch, "explain", lambda op: reasons)
+    monkeypatch.setattr(gpu_run._dispatch, "load", lambda op, name: (None, reasons[name]))
+    for impls in (None, ["triton"]):
+        with pytest.raises(ValueError, match="no implementation of global_stats to measure: triton: it is not here"):
+            gpu_run.require_implementations(["global_stats"], impls)
+    gpu_run.require_implementations(["global_stats"], ["reference"])
+
+
+def test_a_kernel_that_does_not_compile_is_wrong_and_the_others_are_checked() -> None:
+    problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        if impl == "triton":
+            raise KeyError("out of resources")
+        return problem.call(x, impl)
+
+    broken, right = gpu_checks.run_check(dataclasses.replace(problem, call=call), ["triton", "reference"])
+    assert broken["correct"] is False and "out of resources" in broken["error"]
+    assert right["correct"] is True
+
+
 def test_every_problem_of_the_checks_catches_a_wrong_result() -> None:
     problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
     assert gpu_checks.run_check(problem, ["reference"])[0]["correct"] is True
@@ -128,6 +201,34 @@ def test_every_problem_of_the_checks_catches_a_wrong_result() -> None:
     assert gpu_checks.run_check(dataclasses.replace(problem, call=detached), ["reference"])[0]["correct"] is False
 
 
+@pytest.mark.parametrize(
+    ("factors", "correct", "draws"),
+    [
+        ([0.5], True, 1),
+        ([3, 0.5, 0.5, 0.5, 0.5], True, 5),  # an unlucky first draw
+        ([3, 3, 3, 0.5, 0.5], False, 5),
+        ([3, 0.5, 0.5, 0.5, 11], False, 5),
+        ([11], False, 1),
+        ([float("nan")], False, 1),
+    ],
+)
+def test_an_error_above_the_budget_is_wrong_unless_it_is_unusual(factors, correct, draws) -> None:
+    """Each draw's first output is off by a multiple of its budget."""
+    problem = next(iter(gpu_checks.checks(CPU, ("global_stats",))))
+    calls = iter(factors)
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        (plain,), wide = problem.truth(x), {k: v.detach().double() for k, v in x.items()}
+        (exact,) = problem.truth(wide)
+        found = exact + next(calls) * budget(exact, plain.detach(), problem.dtype)
+        # float64, so that rounding does not change the multiple
+        return (plain.double() - plain.detach().double() + found,)
+
+    (record,) = gpu_checks.run_check(dataclasses.replace(problem, call=call), ["reference"])
+    assert record["correct"] is correct and record["draws"] == draws
+    assert next(calls, None) is None
+
+
 def small_attention_problems() -> list[gpu_checks.Check]:
     skipped = ("segments of 4096", "D 64", "D 80", "D 96", "D 256")
     return [c for c in gpu_checks.checks(CPU, ("attention",)) if c.name not in skipped and c.dtype == torch.float32]
@@ -136,7 +237,7 @@ def small_attention_problems() -> list[gpu_checks.Check]:
 @pytest.mark.parametrize("problem", small_attention_problems(), ids=lambda c: c.name)
 def test_the_dense_truth_agrees_with_the_reference(problem: gpu_checks.Check) -> None:
     """Two computations that share nothing but the cut into segments."""
-    wide = {k: v.double() for k, v in problem.inputs.items()}
+    wide = {k: v.double() for k, v in problem.draw(0).items()}
     for expected, found in zip(problem.truth(wide), problem.call(wide, "reference"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 

@@ -430,4 +430,4 @@ def test_the_binding_guards_memory_by_itself() -> None:
     ]
     for kind, arguments, text in wrong:
         with pytest.raises(kind, match=text):
-            run(*arguments)
+            run(*arguments, -1, 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-COMPILED = ("test_aot.py",)
+COMPILED = ("test_aot.py", "test_aot_coverage.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FOLDER = Path(__file__).parent
 NO_TESTS = 5

@@ -153,29 +153,46 @@ def _attention(entry: Entry) -> Problems:
             yield "one query", (q[:, -1:], k, v, 0, 0, *none, None, None, None, True, d**-0.5)
 
 
+# Tensors without memory: what is computed around the launches costs nothing.
+NOWHERE = "meta"
+
+
 def _local_slots(entry: Entry) -> Problems:
     dtype, h = getattr(torch, entry.dtype), entry.head_dim
-    b, m, e, heads, n = 2, 8, 512, 8, 2
+    b, e, n = 2, 512, 2
     length = max(entry.segment_len, 64)
     s = n * length
-    weights = (torch.empty(m, e, dtype=dtype), torch.empty(e, h, dtype=dtype), torch.empty(e, h, dtype=dtype))
-    hidden, mask = torch.empty(b, s, h, dtype=dtype), torch.ones(b, s, dtype=torch.bool)
-    yield "plain", (hidden, *weights, heads, length, n, None, None, "zero")
+
+    def parameters(m: int, e: int) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=NOWHERE) for shape in ((m, e), (e, h), (e, h)))
+
+    hidden, mask = torch.empty(b, s, h, dtype=dtype, device=NOWHERE), torch.ones(b, s, dtype=torch.bool, device=NOWHERE)
+    yield "8 heads, 8 slots", (hidden, *parameters(8, e), 8, length, n, None, None, "zero")
+    # more rows than one block of them holds; keys and values computed first
+    yield "32 heads, 8 slots", (hidden, *parameters(8, h), 32, length, n, None, None, "zero")
+    yield "8 heads, 128 slots", (hidden, *parameters(128, e), 8, length, n, None, None, "zero")
     if _thorough(entry):
-        yield "mask", (hidden, *weights, heads, length, n, mask, None, "uniform")
-        cu = torch.tensor([0, length, s], dtype=torch.int32)
-        yield "packed", (hidden[:1], *weights, heads, length, n, None, cu, "zero")
+        cu = torch.tensor([0, length, s], dtype=torch.int32, device=NOWHERE)
+        yield "mask", (hidden, *parameters(8, e), 8, length, n, mask, None, "uniform")
+        yield "packed", (hidden[:1], *parameters(8, e), 8, length, n, None, cu, "zero")
+        yield "128 slots, packed, mask", (hidden[:1], *parameters(128, e), 8, length, n, mask[:1], cu, "uniform")
 
 
 def _global_stats(entry: Entry) -> Problems:
     dtype, h = getattr(torch, entry.dtype), entry.head_dim
-    b, n, m = 2, max(entry.segment_len, 2), 8
-    local, valid = torch.empty(b, n, m, h, dtype=dtype), torch.ones(b, n, dtype=torch.bool)
-    for causal in (False, True):
-        yield "causal" if causal else "shared", (local, causal, None, None)
-        yield f"{'causal' if causal else 'shared'}, valid", (local, causal, valid, None)
-    cu = torch.tensor([0, 1, n], dtype=torch.int32)
-    yield "causal, packed", (local[:1], True, None, cu)
+    m = 8
+    # few segments, then so many that they are cut into splits and pieces
+    for b, n, size in ((2, max(entry.segment_len, 2), ""), (1, 512, "many segments, ")):
+        local, valid = (
+            torch.empty(b, n, m, h, dtype=dtype, device=NOWHERE),
+            torch.ones(b, n, dtype=torch.bool, device=NOWHERE),
+        )
+        cu = torch.tensor([0, 1, n], dtype=torch.int32, device=NOWHERE)
+        for causal in (False, True):
+            kind = f"{size}{'causal' if causal else 'shared'}"
+            yield kind, (local, causal, None, None)
+            yield f"{kind}, valid", (local, causal, valid, None)
+            yield f"{kind}, packed", (local[:1], causal, None, cu)
 
 
 PROBLEMS: dict[str, Callable[[Entry], Problems]] = {

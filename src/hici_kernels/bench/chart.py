@@ -1,10 +1,11 @@
-"""Bars of time per case, one per side."""
+"""Bars of time per case, one per side; lines of time per decode-sized call."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from . import decode
 from .report import roof
 
 
@@ -31,7 +32,7 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> No
         for y, (name, s) in enumerate(reversed(sides)):
             ms, low, high = (1e3 * s[k] for k in ("median_s", "fastest_s", "slowest_s"))
             ax.barh(y, ms, color=f"C{names.index(name) % 10}", xerr=[[ms - low], [high - ms]], ecolor="0.25", capsize=3)
-            note = "other work" if s.get("other_work") else f"{100 * roof(s):.2g} % of roof"
+            note = "not compared" if s.get("other_work") else f"{100 * roof(s):.2g} % of roof"
             ax.text(high, y, f"  {ms:.3g} ms, {note}", va="center", fontsize=9)
         ax.set_yticks(range(len(sides)), [n for n, _ in reversed(sides)], fontsize=9)
         ax.set_title(f"{row['op']}, {row['case']}, {row['dtype']}, {row['direction']}", fontsize=10, loc="left")
@@ -39,5 +40,48 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> No
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("milliseconds, median; whisker = fastest to slowest")
     figure.suptitle(f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def decode_path(path: Path) -> Path:
+    """Where the second chart goes: beside the first."""
+    return path.with_name(f"{path.stem}-decode{path.suffix}")
+
+
+def write_decode(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """A PNG: microseconds a call over cached keys, one panel per dtype and kind, one colour per number of queries."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys((r["dtype"], r["slots"]) for r in rows))
+    figure = Figure(figsize=(13, 4.6 * -(-len(kinds) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(-(-len(kinds) // 2), 2, squeeze=False).flatten()
+    for ax, (dtype, slots) in zip(panels, kinds, strict=False):
+        of = [r for r in rows if (r["dtype"], r["slots"]) == (dtype, slots)]
+        cached = sorted({r["cached"] for r in of})
+        for colour, queries in enumerate(sorted({r["queries"] for r in of})):
+            mine = sorted((r for r in of if r["queries"] == queries), key=lambda r: r["cached"])
+            for side, style in ((decode.OURS, "-o"), (decode.PLAIN, "--")):
+                shown = [r for r in mine if "median_s" in r["sides"][side]]
+                at = [cached.index(r["cached"]) for r in shown]
+                times = [1e6 * r["sides"][side]["median_s"] for r in shown]
+                label = f"{queries} queries" if side == decode.OURS else None
+                ax.plot(at, times, style, color=f"C{colour}", label=label, markersize=4)
+            lost = decode.losses(mine)
+            slower = [1e6 * r["sides"][decode.OURS]["median_s"] for r in lost]
+            ax.plot([cached.index(r["cached"]) for r in lost], slower, "x", color="black", markersize=9)
+        ax.set_yscale("log")
+        ax.set_xticks(range(len(cached)), [str(c) for c in cached])
+        ax.set_xlabel("cached keys")
+        ax.set_ylabel("microseconds a call, median")
+        ax.set_title(f"{dtype}, {'with' if slots else 'without'} slots", fontsize=10, loc="left")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    for ax in panels[len(kinds) :]:
+        ax.set_axis_off()
+    where = f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}"
+    figure.suptitle(f"solid: ours, dashed: PyTorch, cross: ours is slower. {where}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

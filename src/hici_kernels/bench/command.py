@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -12,12 +13,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from .. import _dispatch
-from . import chart, machine, report
+from .. import _dispatch, _native
+from . import ceilings as limits
+from . import chart, decode, machine, report
 from .case import Case
+from .goals import goals
 from .run import measure
 from .shapes import SUITES
 
+#: What ``--op`` may name: operations, the layer made of them, and the table of decode-sized calls.
+SUBJECTS = (*_dispatch.OPS, "hici_layer", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,13 +36,14 @@ def run(
     rounds: int,
     json_path: Path | None,
     chart_path: Path | None,
+    path: str | None = None,
 ) -> int:
     """Measure and print; 0, or 1 if any result was wrong (it then has no speed).
 
     Raises:
         ValueError: an unknown name, naming the choices, before any work.
     """
-    chosen = _names("--op", ops, _dispatch.OPS) or list(_dispatch.OPS)
+    chosen = _names("--op", ops, SUBJECTS) or list(SUBJECTS)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
     kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
     _names("--suite", suite, (*SUITES, "gpu"))
@@ -45,11 +51,16 @@ def run(
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
+    if path is not None and path not in _native.paths():
+        known = ", ".join(_native.paths()) or f"none: {_native.status()}"
+        raise ValueError(f"--path must be among those that this machine runs ({known}), got {path!r}")
     if chart_path is not None:
         chart.require_matplotlib()
     if suite == "gpu":
         from . import gpu_run
 
+        if path is not None or threads is not None:
+            raise ValueError("--path and --threads choose among processor kernels, --suite gpu runs none")
         return gpu_run.run(
             ops=chosen if ops else None,
             impls=sides,
@@ -58,40 +69,67 @@ def run(
             json_path=json_path,
             chart_path=chart_path,
         )
-    cases = [c for op in chosen for c in load(op, suite) if kind is None or c.dtype == DTYPES[kind]]
-    if not cases:
-        raise ValueError(f"--dtype {kind} has no case in suite {suite!r} for {', '.join(chosen)}")
+    wanted = None if kind is None else DTYPES[kind]
+    cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
+    points = [p for p in decode.points(suite) if wanted in (None, p.dtype)] if "decode" in chosen else []
+    if not cases and not points:
+        kinds = "" if kind is None else f" with --dtype {kind}"
+        raise ValueError(f"--suite {suite} has no case of --op {', '.join(chosen)}{kinds}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     try:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
-        where = machine.describe()
-        ceilings = machine.ceilings(sorted({c.dtype for c in cases}, key=str))
-        report.show_machine(console, where, ceilings)
-        plan = [(c, backward) for c in cases for backward in ((False, True) if c.differentiable else (False,))]
-        rows = [
-            measure(case, sides, rounds, ceilings, backward=backward)
-            for case, backward in track(plan, "measuring", console=Console(stderr=True), transient=True)
-        ]
+        with contextlib.nullcontext() if path is None else _native.path(path):
+            result = _measure(console, cases, points, sides, rounds)
     finally:
         torch.set_num_threads(before)
+    result = {"suite": suite, "rounds": rounds, "path": result["ceilings"]["path"], **result}
+    rows, decoded = result["cases"], result["decode"]
     report.show_rows(console, rows)
+    report.show_decode(console, decoded)
+    report.show_ceilings(console, result["ceilings_after"], "ceilings again, after all cases")
+    result["goals"] = goals(rows, decoded, result["ceilings"]) if suite == "cpu" else []
+    if result["goals"]:
+        report.show_goals(console, result["goals"])
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {
-            "machine": where,
-            "ceilings": ceilings,
-            "rounds": rounds,
-            "suite": suite,
-            "cases": rows,
-        }
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if chart_path is not None:
-        chart.write(rows, where, chart_path)
-    wrong = report.failures(rows)
+    if chart_path is not None and rows:
+        chart.write(rows, result["machine"], chart_path)
+    if chart_path is not None and decoded:
+        chart.write_decode(decoded, result["machine"], chart.decode_path(chart_path))
+    wrong = report.failures(rows, decoded)
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
     return 1 if wrong else 0
+
+
+def _measure(
+    console: Console, cases: list[Case], points: list[decode.Point], sides: list[str] | None, rounds: int
+) -> dict[str, Any]:
+    """Machine, ceilings before and after, one row per case and direction, one per decode-sized call."""
+    where = machine.describe()
+    dtypes = sorted({c.dtype for c in cases} | {p.dtype for p in points}, key=str)
+    ceilings = limits.measure(dtypes)
+    report.show_machine(console, where, ceilings)
+    plan = [(c, backward) for c in cases for backward in ((False, True) if c.differentiable else (False,))]
+    bar = Console(stderr=True)
+    rows = [
+        measure(case, sides, rounds, ceilings, backward=backward)
+        for case, backward in track(plan, "measuring", console=bar, transient=True)
+    ]
+    impl = sides[0] if sides else None
+    decoded = [
+        decode.measure(point, impl, rounds, ceilings)
+        for point in track(points, "decode-sized calls", console=bar, transient=True)
+    ]
+    return {
+        "machine": where,
+        "ceilings": ceilings,
+        "ceilings_after": limits.measure(dtypes),
+        "cases": rows,
+        "decode": decoded,
+    }
 
 
 def load(op: str, suite: str) -> list[Case]:

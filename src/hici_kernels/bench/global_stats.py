@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..ops.global_stats.api import global_stats
-from .case import Case, Inputs, Outputs
-from .shapes import normal
+from .case import Baseline, Case, Inputs, Outputs
+from .shapes import drawn
+
+REAL, LARGE = "4 segments of a 7B layer", "256 MiB"
 
 
-def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: bool) -> Case:
+def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: bool, *, backward: bool = True) -> Case:
     size = torch.finfo(dtype).bits // 8
 
     def call(x: Inputs, impl: str | None) -> Outputs:
@@ -44,22 +46,22 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
         name=name,
         dtype=dtype,
         shape=f"batch {b}, {n} segments, {m} slots, H {h}, {'causal' if causal else 'shared'}",
-        inputs=lambda: {"local": normal(0, b, n, m, h)},
+        inputs=lambda: {"local": drawn(dtype, 0, b, n, m, h)},
         call=call,
         plain=plain,
         flops=6 * b * n * m * h,
         bytes=size * b * h * (n * m + 5 * (n if causal else 1)),
-        differentiable=("local",),
-        baselines={"amax, ties share gradient": lambda x: statistics(x["local"], shared_ties=True)},
+        differentiable=("local",) if backward else (),
+        baselines={"amax, ties share gradient": Baseline(lambda x: statistics(x["local"], shared_ties=True))},
     )
 
 
 def cases(suite: str) -> list[Case]:
-    real = [
-        make("4 segments of a 7B layer", 1, 4, 8, 4096, dtype, causal)
-        for dtype in (torch.float32, torch.bfloat16)
-        for causal in (False, True)
-    ]
+    both = (torch.float32, torch.bfloat16)
+    real = [make(REAL, 1, 4, 8, 4096, dtype, causal) for dtype in both for causal in (False, True)]
     if suite == "quick":
         return real
+    if suite == "cpu":
+        segments = {dtype: (1 << 28) // (8 * 4096 * dtype.itemsize) for dtype in both}
+        return [*real, *(make(LARGE, 1, n, 8, 4096, dtype, False, backward=False) for dtype, n in segments.items())]
     return [*real, make("large", 2, 64, 8, 4096, torch.float32, False)]

@@ -78,7 +78,11 @@ def flex_assembled(x: Inputs, options: dict[str, Any]) -> Prepared:
     mask = create_block_mask(visible, None, None, length, length + p, device=str(q.device))
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     gqa = q.shape[1] != k.shape[1]
-    return lambda: (tokens_of(compiled(q, k, v, block_mask=mask, enable_gqa=gqa), 0, x["q"]),), [q, k, v]
+
+    def call() -> Outputs:
+        return (tokens_of(compiled(q, k, v, block_mask=mask, enable_gqa=gqa), 0, x["q"]),)
+
+    return call, [q, k, v]
 
 
 def reference_sequence(x: Inputs, options: dict[str, Any]) -> Prepared:

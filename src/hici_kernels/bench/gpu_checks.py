@@ -1,7 +1,14 @@
-"""Correctness on the device, before anything is timed: every kernel against the truth in float64."""
+"""Correctness on the device, before anything is timed: every kernel against the truth in float64.
+
+The budget, max(2 x the error of plain PyTorch, 2 eps max|truth|), is that of :mod:`hici_kernels.testing.tolerance`. A
+result outside it is computed again for DRAWS draws of the same problem in all, and wrong unless the budget holds in the
+median for every output and gradient, and ten times the budget in each: of few numbers the plain computation's largest
+error is luck, and a small part of what it usually is.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,23 +21,24 @@ from ..errors import ImplError
 from ..ops.attention.api import attention
 from ..ops.global_stats.api import global_stats
 from ..ops.local_slots.api import local_slots
+from ..testing.tolerance import budget, error
 from .case import Inputs, Outputs
 from .gpu_dense import dense_attention, seeded
-from .run import check
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 OPS = ("attention", "local_slots", "global_stats")
+DRAWS = 5
 
 
 @dataclass(frozen=True)
 class Check:
-    """A small problem: ``inputs`` in float64, ``call`` by an implementation, ``truth`` in any dtype."""
+    """A small problem: ``draw(i)`` makes inputs in float64, ``call`` by an implementation, ``truth`` in any dtype."""
 
     op: str
     name: str
     dtype: torch.dtype
-    inputs: Inputs
+    draw: Callable[[int], Inputs]
     call: Callable[[Inputs, str], Outputs]
     truth: Callable[[Inputs], Outputs]
 
@@ -43,10 +51,7 @@ def checks(device: torch.device, ops: tuple[str, ...] = OPS) -> Iterator[Check]:
 
 def run_check(problem: Check, impls: list[str]) -> list[dict[str, Any]]:
     """One record per implementation: correct True or False, or None with the reason it does not serve the problem."""
-    low = {k: v.to(problem.dtype) for k, v in problem.inputs.items()}
-    wide = {k: v.double() for k, v in low.items()}
-    oracle = [y.double() for y in _with_gradients(problem.truth, wide)]
-    plain = _with_gradients(problem.truth, low)
+    first = _Draw(problem, 0)
     records = []
     for impl in impls:
         found: dict[str, Any] = {
@@ -56,14 +61,42 @@ def run_check(problem: Check, impls: list[str]) -> list[dict[str, Any]]:
             "impl": impl,
         }
         try:
-            given = _with_gradients(lambda x, impl=impl: problem.call(x, impl), low)  # type: ignore[misc]
-            found |= check(oracle, plain, given, problem.dtype)
+            draws = [first.errors(impl)]
+            if 1 < _worst(draws[0])[0] < 10:
+                draws += [_Draw(problem, i).errors(impl) for i in range(1, DRAWS)]
         except ImplError as refused:
             found |= {"correct": None, "error": str(refused)}
-        except RuntimeError as failed:  # a launch that fails is a wrong result of this implementation alone
+        except Exception as failed:  # a kernel that does not compile or launch is wrong; the others are still checked
             found |= {"correct": False, "error": f"{type(failed).__name__}: {failed}"}
+        else:
+            ratios = [[e / limit if limit else float(e > 0) for e, limit in d] for d in draws]
+            usual = max(statistics.median(tensor) for tensor in zip(*ratios, strict=True))
+            correct = usual <= 1 and max(map(max, ratios)) < 10
+            _, e, limit = _worst(draws[0])
+            found |= {"correct": correct, "error_max": e, "error_allowed": limit, "draws": len(draws), "usual": usual}
         records.append(found)
     return records
+
+
+class _Draw:
+    """One draw of a problem, with the truth and the plain computation."""
+
+    def __init__(self, problem: Check, number: int) -> None:
+        self.problem = problem
+        self.low = {k: v.to(problem.dtype) for k, v in problem.draw(number).items()}
+        self.truth = [y.double() for y in _with_gradients(problem.truth, {k: v.double() for k, v in self.low.items()})]
+        self.plain = _with_gradients(problem.truth, self.low)
+
+    def errors(self, impl: str) -> list[tuple[float, float]]:
+        """(error, budget) of every output and gradient."""
+        found = _with_gradients(lambda x: self.problem.call(x, impl), self.low)
+        triples = zip(self.truth, self.plain, found, strict=True)
+        return [(error(t, f), budget(t, p, self.problem.dtype)) for t, p, f in triples]
+
+
+def _worst(errors: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """(error / budget, error, budget) where their ratio is largest."""
+    return max((e / limit if limit else float(e > 0), e, limit) for e, limit in errors)
 
 
 def implementations(op: str, chosen: list[str] | None) -> list[str]:
@@ -103,19 +136,22 @@ def _attention(device: torch.device) -> Iterator[Check]:
         **options: Any,
     ) -> Check:
         options = {"segment_len": 256, **options}
-        n = -(-s // options["segment_len"]) if n is None else n
-        normal = seeded(s + d, device)
-        x = {"q": normal(b, t or s, hq, d), "k": normal(b, s, hkv, d), "v": normal(b, s, hkv, d)}
-        if k:
-            shape = (b, n, k, hkv, d) if own else (b, k, hkv, d)
-            x |= {"global_k": normal(*shape), "global_v": normal(*shape)}
-        if m:
-            x |= {"local_k": normal(b, n, m, hkv, d), "local_v": normal(b, n, m, hkv, d)}
+        segments = -(-s // options["segment_len"]) if n is None else n
+
+        def draw(number: int) -> Inputs:
+            normal = seeded(s + d + 10000 * number, device)
+            x = {"q": normal(b, t or s, hq, d), "k": normal(b, s, hkv, d), "v": normal(b, s, hkv, d)}
+            if k:
+                shape = (b, segments, k, hkv, d) if own else (b, k, hkv, d)
+                x |= {"global_k": normal(*shape), "global_v": normal(*shape)}
+            if m:
+                x |= {"local_k": normal(b, segments, m, hkv, d), "local_v": normal(b, segments, m, hkv, d)}
+            return x
 
         def call(x: Inputs, impl: str) -> Outputs:
             return attention(**x, **options, return_lse=True, impl=impl)
 
-        return Check("attention", name, dtype, x, call, lambda x: dense_attention(x, options))
+        return Check("attention", name, dtype, draw, call, lambda x: dense_attention(x, options))
 
     for dtype in ALL:
         for d in (64, 80, 96, 128, 256):
@@ -154,18 +190,20 @@ def _local_slots(device: torch.device) -> Iterator[Check]:
         **options: Any,
     ) -> Check:
         options = {"segment_len": 256, **options}
-        normal = seeded(s + h, device)
-        x = {
-            "hidden": normal(b, s, h),
-            "slot_queries": normal(m, e),
-            "k_weight": normal(e, h) / h**0.5,
-            "v_weight": normal(e, h) / h**0.5,
-        }
+
+        def draw(number: int) -> Inputs:
+            normal = seeded(s + h + 10000 * number, device)
+            return {
+                "hidden": normal(b, s, h),
+                "slot_queries": normal(m, e),
+                "k_weight": normal(e, h) / h**0.5,
+                "v_weight": normal(e, h) / h**0.5,
+            }
 
         def call(x: Inputs, impl: str) -> Outputs:
             return (local_slots(**x, num_heads=heads, **options, impl=impl),)
 
-        return Check("local_slots", name, dtype, x, call, lambda x: call(x, "reference"))
+        return Check("local_slots", name, dtype, draw, call, lambda x: call(x, "reference"))
 
     holes = (torch.rand(2, 700, generator=torch.Generator().manual_seed(2)) > 0.4).to(device)
     empty = torch.ones(2, 700, device=device)
@@ -183,12 +221,13 @@ def _local_slots(device: torch.device) -> Iterator[Check]:
 
 def _global_stats(device: torch.device) -> Iterator[Check]:
     def problem(name: str, dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Check:
-        normal = seeded(sum(shape), device)
+        def draw(number: int) -> Inputs:
+            return {"local": seeded(sum(shape) + 10000 * number, device)(*shape)}
 
         def call(x: Inputs, impl: str) -> Outputs:
             return (global_stats(**x, **options, impl=impl),)
 
-        return Check("global_stats", name, dtype, {"local": normal(*shape)}, call, lambda x: call(x, "reference"))
+        return Check("global_stats", name, dtype, draw, call, lambda x: call(x, "reference"))
 
     valid = torch.tensor([[True, False, True, True, False], [False, True, True, True, True]], device=device)
     for dtype in ALL:

@@ -39,7 +39,10 @@ def show_checks(console: Console, records: list[dict[str, Any]]) -> None:
         console.print(f"{op}, {impl}: {right} of {len(own)} checks right, {refused} not served", markup=False)
         for r in own:
             if r["correct"] is False:
-                reason = r.get("error") or f"error {r['error_max']:.2e}, allowed {r['error_allowed']:.2e}"
+                reason = r.get("error") or (
+                    f"error {r['error_max']:.2e}, allowed {r['error_allowed']:.2e}; in the median of {r['draws']} "
+                    f"draws {r['usual']:.2g} of the budget"
+                )
                 console.print(f"  WRONG: {r['case']} {r['dtype']}: {reason}", markup=False)
 
 

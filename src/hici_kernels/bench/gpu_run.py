@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from .. import _dispatch
 from . import gpu_report, machine
 from .chart import require_matplotlib
 from .gpu_cases import GpuCase, cases
@@ -38,13 +40,14 @@ def run(
     """0, or 1 if any result was wrong (it then has no speed).
 
     Raises:
-        ValueError: no GPU, or an operation that is not measured on one.
+        ValueError: no GPU, nothing to check and measure on it, or an operation that is not measured on one.
     """
     device = require_gpu("--suite gpu")
     require_matplotlib()
     foreign = [op for op in ops or () if op not in OPS]
     if foreign:
         raise ValueError(f"--suite gpu measures {', '.join(OPS)}, not {', '.join(foreign)}")
+    require_implementations(ops or list(OPS), impls)
     folder = Path("benchmarks") / "results" / slug(torch.cuda.get_device_name(device))
     return measure_all(
         device=device,
@@ -67,6 +70,16 @@ def require_gpu(what: str) -> torch.device:
             f"{what} needs an NVIDIA or AMD GPU: {build} (torch {torch.__version__}); nothing was measured"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_implementations(ops: list[str], impls: list[str] | None) -> None:
+    """ValueError where an operation has none of ``impls`` (None: any): the baselines alone are no result of ours."""
+    for op in ops:
+        known = _dispatch.explain(op)
+        wanted = implementations(op, impls)
+        if not any(known[name] is None for name in wanted):
+            reasons = "; ".join(f"{n}: {known[n]}" for n in impls or ("triton", "flash_attn"))
+            raise ValueError(f"--suite gpu has no implementation of {op} to measure: {reasons}")
 
 
 def slug(name: str) -> str:
@@ -102,9 +115,10 @@ def measure_all(
     found = limits(device, clock, sorted({c.dtype for c in plan}, key=str))
     gpu_report.show_ceilings(console, found)
     rows = []
-    for case, direction in progress([(c, d) for c in plan for d in DIRECTIONS], "measuring"):
-        right = [i for i in sides[case.op] if (case.op, i) not in wrong]
-        rows.append(measure(case, direction, right, device, clock, rounds, found))
+    with repeatable_backward():
+        for case, direction in progress([(c, d) for c in plan for d in DIRECTIONS], "measuring"):
+            right = [i for i in sides[case.op] if (case.op, i) not in wrong]
+            rows.append(measure(case, direction, right, device, clock, rounds, found))
     gpu_report.show_rows(console, rows)
 
     json_path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +146,19 @@ def measure_all(
     return 1 if lines else 0
 
 
+@contextlib.contextmanager
+def repeatable_backward() -> Iterator[None]:
+    """A compiled baseline's backward may be called again and again, as all are timed.
+
+    Compiled code otherwise gives the buffers of its forward pass away in its backward. The switch is one of the thread
+    that asks for it, so backward passes must run on it too.
+    """
+    import torch._functorch.config as compiled
+
+    with compiled.patch(donated_buffer=False), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
 def measure(
     case: GpuCase,
     direction: str,
@@ -154,7 +181,7 @@ def measure(
                 outs = call()
         except Exception as error:
             # a backend that does not serve this shape or this device is a line of the table, not the end of the run
-            sides[name] = {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+            sides[name] = failure(error)
             return
         sides[name] = {"same_work": same}
         flops[name] = forward_flops if direction == "forward" else 5 * forward_flops // 2
@@ -162,11 +189,15 @@ def measure(
             outputs[name] = outs[0].detach()
         if direction == "forward":
             runnable[name] = torch.no_grad()(call)
-        else:
-            weights = [torch.randn_like(o) for o in outs]
-            runnable[name] = functools.partial(
-                torch.autograd.grad, outs, leaves, weights, retain_graph=True, allow_unused=True
-            )
+            return
+        weights = [torch.randn_like(o) for o in outs]
+        gradient = functools.partial(torch.autograd.grad, outs, leaves, weights, retain_graph=True, allow_unused=True)
+        try:
+            gradient()
+        except Exception as error:
+            sides[name] = failure(error)
+            return
+        runnable[name] = gradient
 
     for impl in impls:
         leaves = {k: v.detach().requires_grad_(direction == "backward") for k, v in inputs.items()}
@@ -175,7 +206,7 @@ def measure(
         try:
             call, given = baseline.prepare(inputs, case.options)
         except Exception as error:
-            sides[name] = {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+            sides[name] = failure(error)
             continue
         add(name, call, given, baseline.forward_flops, baseline.same)
     disagreements(outputs, sides, impls, case.dtype)
@@ -205,6 +236,10 @@ def measure(
         "bytes": work.bytes,
         "sides": sides,
     }
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
 
 
 def disagreements(

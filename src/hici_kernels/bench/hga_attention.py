@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..config import HGAConfig
 from ..ops.hga_attention.api import hga_attention
 from ..rope import Rope
-from .case import Case, Inputs, Outputs
+from .case import Baseline, Case, Inputs, Outputs
 from .hga_route import pool
 from .shapes import LLAMA3_8B, TINY, Layer, normal
 
@@ -63,7 +63,7 @@ def make(layer: Layer, b: int, s: int, config: HGAConfig, dtype: torch.dtype) ->
         flops=4 * layer.d * layer.hq * b * pairs(s, config),
         bytes=size * b * s * layer.d * 2 * (layer.hq + layer.hkv),
         differentiable=("q", "k", "v"),
-        baselines={"dense causal SDPA": dense},
+        baselines={"dense causal SDPA": Baseline(dense)},
     )
 
 
@@ -87,12 +87,14 @@ def masked(x: Inputs) -> Outputs:
     return (F.scaled_dot_product_attention(q, k, v, attn_mask=x["seen"], enable_gqa=True).transpose(1, 2),)
 
 
-def dense(x: Inputs) -> object:
+def dense(x: Inputs) -> Outputs:
     q, k, v = (x[n].transpose(1, 2) for n in "qkv")
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
 
 
 def cases(suite: str) -> list[Case]:
+    if suite == "cpu":
+        return []
     small = HGAConfig(keep_first=1, keep_last=2, topk_chunks=4, topk_groups=8)
     if suite == "quick":
         return [make(TINY, 1, 1024, small, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -16,6 +16,7 @@ from .case import Case, Inputs, Outputs
 from .shapes import LLAMA3_8B, TINY, Layer, normal
 
 M = 8
+WIDE, NARROW = "H 4096", "H 512"
 
 
 def make(layer: Layer, b: int, s: int, segment_len: int, width: int, heads: int, dtype: torch.dtype) -> Case:
@@ -59,6 +60,10 @@ def make(layer: Layer, b: int, s: int, segment_len: int, width: int, heads: int,
 
 
 def cases(suite: str) -> list[Case]:
+    both = (torch.float32, torch.bfloat16)
     if suite == "quick":
-        return [make(TINY, 2, 1000, 256, 64, 4, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return [make(LLAMA3_8B, 1, 2048, 512, 512, 8, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        return [make(TINY, 2, 1000, 256, 64, 4, dtype) for dtype in both]
+    if suite == "cpu":
+        hosts = [LLAMA3_8B._replace(name=name, hidden=hidden) for name, hidden in ((WIDE, 4096), (NARROW, 512))]
+        return [make(host, 1, 4096, 4096, 512, 8, dtype) for host in hosts for dtype in both]
+    return [make(LLAMA3_8B, 1, 2048, 512, 512, 8, dtype) for dtype in both]

@@ -44,6 +44,7 @@ def make(layer: Layer, parts: int, b: int, s: int, dtype: torch.dtype) -> Case:
 
 
 def cases(suite: str) -> list[Case]:
+    both = (torch.float32, torch.bfloat16)
     if suite == "quick":
-        return [make(TINY, 3, 2, 512, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return [make(LLAMA3_8B, 3, 1, 512, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        return [make(TINY, 3, 2, 512, dtype) for dtype in both]
+    return [make(LLAMA3_8B, 3, 1, 4096 if suite == "cpu" else 512, dtype) for dtype in both]

@@ -63,7 +63,7 @@ def collect() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": _version("triton") or "not installed",
-        "native library": "usable" if native is None else native,
+        "native library": native or f"usable, paths {', '.join(_native.paths())} (the last is used)",
         "cpu": cpu(),
         "gpus": gpus() or "none",
         "operations": {op: explain(op) for op in OPS},

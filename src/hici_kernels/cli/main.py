@@ -66,6 +66,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     suite: Annotated[str, typer.Option("--suite", help="Named list of cases.")] = "quick",
     threads: Annotated[int | None, typer.Option("--threads", help="Threads of PyTorch.")] = None,
+    path: Annotated[str | None, typer.Option("--path", help="Instruction set: base, avx512, avx512_bf16, amx.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Timed rounds of every side.")] = 7,
     json: JsonOption = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart (PNG) to this file.")] = None,
@@ -83,6 +84,7 @@ def bench(
             rounds=rounds,
             json_path=json,
             chart_path=chart,
+            path=path,
         )
     raise typer.Exit(code)
 

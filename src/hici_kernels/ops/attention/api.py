@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _checks, segments
 from ..._dispatch import check_impl
+from ..._library import call
 from .op import attention_forward
 
 
@@ -126,7 +127,8 @@ def attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     _checks.number("scale", scale)
-    out, lse = attention_forward(
+    out, lse = call(
+        attention_forward,
         q,
         k,
         v,

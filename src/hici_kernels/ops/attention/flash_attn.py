@@ -13,13 +13,13 @@ Not supported, by name in :func:`rejects`: masks over tokens, recurrence, decodi
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import segments
+from ..._optional import missing
 from ...rope import working_dtype
 from ..merge_attention.op import merge_forward
 
@@ -32,8 +32,9 @@ ABSENT_LSE_GRADIENT = True
 
 
 def unavailable() -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash_attn is not installed: pip install 'hici-kernels[flash]'"
+    absent = missing("flash_attn", "flash")
+    if absent:
+        return absent
     try:
         from flash_attn import flash_attn_interface
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA

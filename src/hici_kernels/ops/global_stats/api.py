@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import check_impl
+from ..._library import call
 from .op import global_stats_forward
 
 
@@ -71,4 +72,4 @@ def global_stats(
             raise ValueError(f"cu_segments needs batch 1 (packed documents), got local with batch {b}")
         if cu_segments.device != local.device:
             raise ValueError(f"cu_segments is on {cu_segments.device}, expected {local.device} like local")
-    return global_stats_forward(local, causal, valid, cu_segments, check_impl(impl))
+    return call(global_stats_forward, local, causal, valid, cu_segments, check_impl(impl))

@@ -25,13 +25,13 @@ def forward(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tens
         out = local.new_empty((b, n, 5, h))
     else:
         out = local.new_empty((b if cu_segments is None else cu_segments.shape[0] - 1, 5, h))
-    _native.library().global_stats_forward(local, causal, valid, _plain(cu_segments), out)
+    _native.library().global_stats_forward(local, causal, valid, _plain(cu_segments), out, *_native.execution())
     return out
 
 
 def backward(grad_out: Tensor, local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None) -> Tensor:
     grad = local.new_empty(local.shape)
-    given = (grad_out.contiguous(), local, causal, valid, _plain(cu_segments), grad)
+    given = (grad_out.contiguous(), local, causal, valid, _plain(cu_segments), grad, *_native.execution())
     _native.library().global_stats_backward(*given)
     return grad
 

@@ -21,19 +21,10 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ..._triton import rejects_device
 from ...segments import document_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def unavailable() -> str | None:
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
-        return None
-    return "there is no GPU"
 
 
 def rejects(local: Tensor, **arguments: Any) -> str | None:
@@ -41,10 +32,9 @@ def rejects(local: Tensor, **arguments: Any) -> str | None:
 
     if local.dtype not in DTYPES:
         return f"it serves float32, bfloat16 and float16, local is {local.dtype}"
-    if local.device.type == "cpu" and not INTERPRET.value:
-        return "it serves GPU tensors (CPU tensors only in Triton's interpreter), local is on cpu"
-    if local.device.type not in ("cpu", "cuda"):
-        return f"it serves GPU tensors, local is on {local.device}"
+    foreign = rejects_device("local", local, INTERPRET.value)
+    if foreign is not None:
+        return foreign
     if local.shape[1] * local.shape[2] >= 2**31 - 2**16:
         return f"it serves fewer than 2^31 slots per batch row, local has shape {tuple(local.shape)}"
     return None
@@ -57,7 +47,7 @@ def power(value: int, low: int, high: int) -> int:
 
 def programs(device: torch.device) -> int:
     """How many programs keep a device's memory busy."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return 4 * tuning.multiprocessors(device)
 
 
 class Problem:

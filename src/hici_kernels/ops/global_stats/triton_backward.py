@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...tuning import AotSignature, Entry
 from .triton_forward import (
     FLOOR,
     SIZES,
@@ -27,10 +26,8 @@ from .triton_forward import (
     merge,
     narrow,
     nothing,
-    signature,
     store_norm_terms,
     store_summary,
-    variants,
 )
 
 
@@ -226,14 +223,3 @@ def causal_gradients(
             g = tl.where(keep[:, None], g, 0.0)
             at_x = dx + (b.to(tl.int64) * segments * slots + row)[:, None] * width + c[None, :]
             tl.store(at_x, narrow(g, dx.dtype.element_ty), mask=(row < end)[:, None] & inside[None, :])
-
-
-def aot_signatures(entry: Entry) -> list[AotSignature]:
-    if entry.op != "global_stats_backward":
-        return []
-    stages = entry.options["num_stages"]
-    found = [signature(merge_summaries, entry, "any", {}, 1)]
-    for kernel in (shared_gradients, causal_gradients):
-        for name, flags in variants(kernel):
-            found.append(signature(kernel, entry, name, {**flags, "BLOCK_K": 64, "STAGES": stages}, stages))
-    return found

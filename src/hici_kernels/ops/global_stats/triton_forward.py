@@ -18,12 +18,8 @@ Scratch holds per set the mean [H] in float32 and what each block of channels ad
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from ...tuning import TRITON_TYPES, AotSignature, Entry
 
 # The interpreter cuts bfloat16 off where the compiler rounds to nearest even.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -472,55 +468,3 @@ def normalise_mean(out, scratch, squares, width, chunks, BLOCK_H: tl.constexpr, 
     mean = tl.load(scratch + set_ * width + c, mask=c < width, other=0.0)
     at = out + (set_ * 5 + 4) * width + c
     tl.store(at, narrow(mean / norm, out.dtype.element_ty), mask=c < width)
-
-
-# Types of arguments by name, "e" for the tensors' own. What is not listed is i32.
-TYPES = {
-    **dict.fromkeys(("local", "grad", "out", "dx"), "e"),
-    **dict.fromkeys(("scratch", "squares", "dots", "parts", "carry", "merged"), "*fp32"),
-    **dict.fromkeys(("counts", "carry_counts", "merged_counts", "cu", "starts"), "*i32"),
-    **dict.fromkeys(("stride_b", "stride_n", "stride_m"), "i64"),
-    "valid": "*u8",
-}
-
-
-def signature(kernel: Any, entry: Entry, variant: str, constexprs: dict[str, Any], stages: int) -> AotSignature:
-    """One compilation; constexprs the kernel does not have are left out."""
-    known = {k: v for k, v in {**entry.constexprs, **constexprs}.items() if k in kernel.arg_names}
-    arguments = {}
-    for name in kernel.arg_names:
-        if name not in known:
-            kind = TYPES.get(name, "i32")
-            arguments[name] = "*" + TRITON_TYPES[entry.dtype] if kind == "e" else kind
-    divisible = [n for n, t in arguments.items() if t != "i32" or n == "width"]
-    return AotSignature(kernel, variant, arguments, known, tuple(divisible), {"num_stages": stages})
-
-
-def variants(kernel: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Everything absent, everything present."""
-    absent = {k: None for k in ("valid", "cu", "starts") if k in kernel.arg_names}
-    return [
-        ("plain", {**absent, "VALID": False, "PACKED": False}),
-        ("packed, valid", {"VALID": True, "PACKED": True}),
-    ]
-
-
-def aot_signatures(entry: Entry) -> list[AotSignature]:
-    if not entry.op.startswith("global_stats"):
-        return []
-    backward = entry.op != "global_stats"
-    stages = entry.options["num_stages"]
-    found = []
-    for name, flags in variants(shared_stats):
-        more = {**flags, "STAGES": stages, "FINAL": not backward, "INDICES": backward}
-        found.append(signature(shared_stats, entry, name, more, stages))
-    for name, flags in variants(causal_stats):
-        emit = "gradient" if backward else "stats"
-        more = {**flags, "STAGES": 1, "EMIT": emit, "CARRY": True, "INDICES": backward}
-        found.append(signature(causal_stats, entry, name, more, stages))
-    if not backward:
-        found.append(signature(merge_stats, entry, "any", {}, 1))
-        for name, flags in variants(carry_stats):
-            found.append(signature(carry_stats, entry, name, {**flags, "INDICES": True}, 1))
-        found.append(signature(normalise_mean, entry, "any", {"BLOCK_H": 1024, "BLOCK_K": 64}, 1))
-    return found

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ... import _checks, segments
 from ..._dispatch import check_impl
+from ..._library import call
 from .op import local_slots_forward
 
 
@@ -77,7 +78,8 @@ def local_slots(
     if total_segments is not None:
         _checks.integer("total_segments", total_segments, 0)
     total = resolve_total(s, segment_len, cu_seqlens, total_segments, b)
-    return local_slots_forward(
+    return call(
+        local_slots_forward,
         hidden,
         slot_queries,
         k_weight,

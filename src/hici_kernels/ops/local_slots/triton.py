@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import tuning
+from ..._triton import rejects_device
 from .triton_cut import cut_evenly, cut_packed, tiles_in_split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,25 +42,14 @@ LOG2E = 1.4426950408889634
 FLOPS_PER_BYTE = 200
 
 
-def unavailable() -> str | None:
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
-        return None
-    return "there is no GPU"
-
-
 def rejects(hidden: Tensor, num_heads: int, slot_queries: Tensor, **arguments: Any) -> str | None:
     from .triton_forward import INTERPRET
 
     if hidden.dtype not in DTYPES:
         return f"it serves float32, bfloat16 and float16, hidden is {hidden.dtype}"
-    if hidden.device.type == "cpu" and not INTERPRET.value:
-        return "it serves GPU tensors (CPU tensors only in Triton's interpreter), hidden is on cpu"
-    if hidden.device.type not in ("cpu", "cuda"):
-        return f"it serves GPU tensors, hidden is on {hidden.device}"
+    foreign = rejects_device("hidden", hidden, INTERPRET.value)
+    if foreign is not None:
+        return foreign
     if hidden.shape[2] > 1 and hidden.stride(2) != 1:
         return f"hidden must be contiguous in its last dimension, got strides {hidden.stride()}"
     if hidden.shape[1] >= 2**31 - 2**16:
@@ -125,7 +115,7 @@ class Problem:
         block = self.config["BLOCK_S"]
         self.block_h = min(self.config["BLOCK_H"], power(self.width, 16, 4096))
         self.block_c = min(self.config.get("BLOCK_C", self.config["BLOCK_H"]), power(self.width, 16, 4096))
-        self.block_r = power(self.rows, 16, 64 if hidden.dtype == torch.float32 else 128)
+        self.block_r = power(self.rows, 16, 64)
         self.row_blocks = -(-self.rows // self.block_r)
         programs = -(-self.width // self.block_c) * self.row_blocks * self.groups
         each = tiles_in_split(self.b * self.s, programs, block, hidden.device)
@@ -549,7 +539,9 @@ def _backward(x: Problem, grad_out: Tensor) -> tuple[Tensor, ...]:
         PACKED=packed,
         SAME=x.absorbed,
         ONE_BLOCK=x.row_blocks == 1,
-        **x.options,
+        num_warps=x.options["num_warps"],
+        # rows in several blocks are fetched again for every tile: prefetching them would take the memory of all
+        num_stages=x.options["num_stages"] if x.row_blocks == 1 else 1,
     )
     scale = x.d**-0.5
     q_rows = x.by_head(x.slot_queries).float()

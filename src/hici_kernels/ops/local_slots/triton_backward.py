@@ -20,19 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...tuning import AotSignature, Entry
 from .triton_forward import (
     SIZES,
-    blocks,
     dot,
     finite,
     kept,
     narrow,
     parts_of,
-    signature,
     split_span,
     tile_span,
-    variants,
 )
 
 
@@ -535,25 +531,3 @@ def scaled_rows(
     g_rows = narrow(g_rows.to(tl.float32) * g_by[:, None], g_rows.dtype)
     q_rows = narrow(q_rows.to(tl.float32) * q_by[:, None], q_rows.dtype)
     return g_rows, q_rows
-
-
-def aot_signatures(entry: Entry) -> list[AotSignature]:
-    if entry.op != "local_slots_backward":
-        return []
-    found = []
-    sizes = blocks(entry)
-    extra = {"SAME": True, "BOTH": True, "ONE_BLOCK": True, "ROWS": 64, "BLOCK_K": 16}
-    for kernel in (score_gradients, accumulate_splits, hidden_gradients):
-        for name, flags in variants(kernel):
-            known = {k: v for k, v in {**sizes, **extra}.items() if k in kernel.arg_names}
-            types = {"y": "e"} if kernel is score_gradients else {}
-            found.append(signature(kernel, entry, name, {**known, **flags}, None, **types))
-    small = {"num_warps": 4, "num_stages": 1}
-    for kernel in (segment_totals, weight_gradients, merge_sums):
-        for name, flags in variants(kernel):
-            known = {k: v for k, v in {**sizes, **extra}.items() if k in kernel.arg_names}
-            if kernel is merge_sums:
-                known |= {"BLOCK_R": 32, "BLOCK_C": 64}
-            types = {"out": "*fp32"} if kernel is segment_totals else {}
-            found.append(signature(kernel, entry, name, {**known, **flags}, small, **types))
-    return found

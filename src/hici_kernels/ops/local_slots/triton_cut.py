@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import segments
+from ... import segments, tuning
 
 
 @dataclass
@@ -86,11 +86,7 @@ def _parts(start: Tensor, stop: Tensor, size: int, bound: int) -> tuple[Tensor, 
     return first, segment, begin, torch.minimum(begin + size, stop[segment])
 
 
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def tiles_in_split(tokens: int, programs_per_split: int, block: int, device: torch.device) -> int:
     """Tiles per split, a power of two from 8 to 64: about one program per multiprocessor keeps partial sums few."""
-    wanted = tokens * programs_per_split // (multiprocessors(device) * block)
+    wanted = tokens * programs_per_split // (tuning.multiprocessors(device) * block)
     return 1 << max(min(max(wanted, 1).bit_length() - 1, 6), 3)

@@ -15,12 +15,8 @@ Tiles lie in memory as [R, BLOCK_S] blocks, so a tile is aligned wherever its se
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from ...tuning import TRITON_TYPES, AotSignature, Entry
 
 # The interpreter holds bfloat16 as bit patterns and multiplies those: its dot gets float32. Dead code when compiled.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -478,68 +474,3 @@ def project_splits(
             acc = dot(narrow(y - high.to(tl.float32), w.dtype), w, acc)
     out_at = out + (bn.to(tl.int64) * slots + m[:, None]) * (heads * head_dim) + h * head_dim + j[None, :]
     tl.store(out_at, narrow(acc, out.dtype.element_ty), mask=known[:, None] & (j[None, :] < head_dim))
-
-
-# Types of arguments by name, "e" for the tensors' own. What is not listed is i32.
-TYPES = {
-    **dict.fromkeys(("x", "q", "g", "p", "w", "rows", "folded", "weight", "out", "dx", "dy"), "e"),
-    **dict.fromkeys(("scale", "q_scale", "g_scale", "top", "total", "cross", "peak", "totals"), "*fp32"),
-    **dict.fromkeys(("u", "v", "y", "z", "s", "c", "s_out", "c_out", "split_top", "split_total"), "*fp32"),
-    **dict.fromkeys(("mask", "alive"), "*u8"),
-    **dict.fromkeys(("table", "first"), "*i32"),
-    **dict.fromkeys(("stride_b", "stride_s", "stride_w", "x_b", "x_s", "y_b", "y_s"), "i64"),
-    "factor": "fp32",
-}
-
-
-def signature(
-    kernel: Any, entry: Entry, variant: str, constexprs: dict[str, Any], options: dict[str, int] | None, **types: str
-) -> AotSignature:
-    """One compilation for H = entry.head_dim; ``types`` of arguments that differ from TYPES."""
-    arguments = {}
-    for name in kernel.arg_names:
-        if name not in constexprs:
-            kind = types.get(name, TYPES.get(name, "i32"))
-            arguments[name] = "*" + TRITON_TYPES[entry.dtype] if kind == "e" else kind
-    pointers = [n for n, t in arguments.items() if t.startswith("*") or t == "i64"]
-    whole = [n for n in ("width", "rows_q", "head_dim", "stride_g") if n in arguments]
-    return AotSignature(kernel, variant, arguments, constexprs, (*pointers, *whole), options)
-
-
-def variants(kernel: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Plain segments, and packed documents under a mask."""
-    names = kernel.arg_names
-    plain = {"HAS_MASK": False, "UNIFORM": False, "PACKED": False, "mask": None, "alive": None, "table": None}
-    every = {"HAS_MASK": True, "UNIFORM": True, "PACKED": True}
-    return [
-        ("plain", {k: v for k, v in {**plain, "first": None}.items() if k in names}),
-        ("packed, masked", {k: v for k, v in every.items() if k in names}),
-    ]
-
-
-def blocks(entry: Entry) -> dict[str, Any]:
-    """Constexprs of the entry at 64 rows (8 heads x 8 slots)."""
-    found: dict[str, Any] = dict(entry.constexprs)
-    found.setdefault("BLOCK_C", found["BLOCK_H"])
-    return {**found, "BLOCK_R": 64, "EVEN_H": True, "EVEN_C": True, "TILES": 32, "STAGES": entry.options["num_stages"]}
-
-
-def aot_signatures(entry: Entry) -> list[AotSignature]:
-    if not entry.op.startswith("local_slots"):
-        return []
-    small = {"num_warps": 4, "num_stages": 2}
-    fold = {"BLOCK_M": 16, "BLOCK_D": 64, "BLOCK_H": 64, "EVEN_H": True}
-    found = [signature(fold_rows, entry, "64 slots of a head", fold, small)]
-    if entry.op != "local_slots":
-        return found
-    for kernel in (score_tiles, average_splits):
-        for name, flags in variants(kernel):
-            sizes = {k: v for k, v in blocks(entry).items() if k in kernel.arg_names}
-            found.append(signature(kernel, entry, name, {**sizes, **flags}, None))
-    for name, flags in variants(project_splits):
-        sizes = {"BLOCK_M": 16, "BLOCK_D": 16, "BLOCK_C": 128}
-        found.append(signature(project_splits, entry, name, {**sizes, **flags}, small))
-    for name, flags in variants(merge_splits):
-        sizes = {"BLOCK_R": 16, "BLOCK_C": 64}
-        found.append(signature(merge_splits, entry, name, {**sizes, **flags}, {"num_warps": 4, "num_stages": 1}))
-    return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import check_impl
+from ..._library import call
 from ...rope import working_dtype
 from .op import merge_forward
 
@@ -55,4 +56,4 @@ def merge_attention(
             raise TypeError(f"lses[{i}] must be {expected} beside {outs[0].dtype} parts, got {lse.dtype}")
         if lse.device != outs[0].device:
             raise ValueError(f"lses[{i}] is on {lse.device}, expected {outs[0].device} like outs[0]")
-    return merge_forward(list(outs), list(lses), check_impl(impl))
+    return call(merge_forward, list(outs), list(lses), check_impl(impl))

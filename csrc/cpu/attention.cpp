@@ -1,0 +1,161 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <tuple>
+
+#include "attention_schedule.h"
+#include "memory.h"
+#include "hici/simd.h"
+
+namespace hici::cpu {
+namespace {
+
+ForwardPath forward_path(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::forward_path();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::forward_path();
+  }
+}
+
+BackwardPath backward_path(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::backward_path();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::backward_path();
+  }
+}
+
+int64_t element_size(Element e) { return e == Element::kFloat32 ? 4 : 2; }
+
+double precision(Element e) { return e == Element::kFloat32 ? 0x1p-23 : e == Element::kFloat16 ? 0x1p-10 : 0x1p-7; }
+
+// How much the rounding of the largest of these numbers can be.
+double rounding(const float* x, int64_t count) {
+  float most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(x[i]);
+    if (size <= std::numeric_limits<float>::max()) most = std::max(most, size);
+  }
+  return 0x1p-24 * most;
+}
+
+// Below this many multiplications a call is over before another thread has woken up.
+constexpr double kWorthThreads = 2e6;
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& given, const AttentionCut& cut, void* out, float* lse, Isa isa,
+                       Execution execution) {
+  const Ranks ranks(given, cut);
+  const AttentionProblem problem = ranks.problem();
+  const ForwardPath path = forward_path(isa);
+  const ForwardSchedule schedule(problem, path.tile_rows(problem));
+
+  const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
+  if (schedule.work < kWorthThreads) execution.threads = 1;
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, schedule.items.size()));
+  const Memory scratch(workers * scratch_size);
+  const Memory partials(schedule.partials * schedule.sizes.rows * path.partial_width(problem) * 4);
+  const ForwardOutput output{out, lse, static_cast<float*>(partials.data())};
+
+  const int64_t written =
+      problem.batch * problem.queries * problem.heads * problem.dim * element_size(problem.element);
+  prefer_large_pages(out, written);
+  if (ranks.some_masked()) {
+    std::memset(out, 0, written);
+    std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
+  }
+  parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
+    path.forward(problem, schedule.items[i], output, schedule.sizes,
+                 static_cast<char*>(scratch.data()) + worker * scratch_size);
+  });
+  if (schedule.merges.empty()) return;
+  parallel(execution, schedule.merges.size(), [&](int64_t i, int) {
+    path.merge(problem, schedule.items[schedule.merges[i].first], schedule.merges[i].count, output, schedule.sizes);
+  });
+}
+
+void attention_backward(const AttentionProblem& given, const AttentionCut& cut, const Sequence4& grad_out,
+                        const float* grad_lse, const void* out, const float* lse, const AttentionGradients& gradients,
+                        Isa isa, Execution execution) {
+  const Ranks ranks(given, cut);
+  const AttentionProblem problem = ranks.problem();
+  const BackwardPath path = backward_path(isa);
+  const BackwardSchedule schedule(problem, path.block(problem));
+
+  const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
+  if (schedule.work < kWorthThreads) execution.threads = 1;
+  const int64_t most = std::max(schedule.items.size(), schedule.normalising.size());
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, most));
+  const Memory scratch(workers * scratch_size);
+
+  // rows kept apart: [segment][kv_head][k, v][rows][dim]
+  const bool shared = problem.global.count > 0 && !problem.global.per_segment;
+  const int64_t recurrence = cut.recurrence_len, per_row = problem.segment_count * problem.kv_heads * 2 * problem.dim;
+  const Memory shared_slots(shared ? per_row * problem.global.count * 4 : 0);
+  const Memory carried(per_row * recurrence * 4), tail(per_row * recurrence * 4);
+
+  // weights from lse carry its rounding: a sixteenth of the element type's own is let pass
+  const int64_t rows = problem.batch * problem.heads * problem.queries;
+  const bool anew = rounding(lse, rows) > precision(problem.element) / 16 && !schedule.normalising.empty();
+  const Memory formed(anew ? 3 * rows * 4 : 0);
+  float* const first = static_cast<float*>(formed.data());
+  const Normalised own = anew ? Normalised{first, first + rows, first + 2 * rows} : Normalised{};
+  const BackwardInput input{grad_out, grad_lse, anew ? own.shift : lse, own.factor, own.delta, out};
+  const BackwardOutput output{gradients,
+                              static_cast<float*>(shared_slots.data()),
+                              static_cast<float*>(carried.data()),
+                              static_cast<float*>(tail.data()),
+                              recurrence > 0 ? schedule.tail_begin.data() : nullptr,
+                              recurrence};
+
+  // what no item writes: masked tokens, tokens and slots of segments without queries, slots nobody may see
+  const int64_t size = element_size(problem.element) * problem.dim;
+  const auto clear = [&](void* gradient, int64_t rows) {
+    if (gradient) std::memset(gradient, 0, rows * size);
+  };
+  prefer_large_pages(gradients.q, problem.batch * problem.queries * problem.heads * size);
+  for (void* const gradient : {gradients.k, gradients.v})
+    prefer_large_pages(gradient, problem.batch * problem.keys * problem.kv_heads * size);
+  if (ranks.some_masked()) clear(gradients.q, problem.batch * problem.queries * problem.heads);
+  if (ranks.some_masked() || problem.queries < problem.keys) {
+    clear(gradients.k, problem.batch * problem.keys * problem.kv_heads);
+    clear(gradients.v, problem.batch * problem.keys * problem.kv_heads);
+  }
+  for (const auto& [slots, k, v] : {std::tuple{problem.global, gradients.global_k, gradients.global_v},
+                                    std::tuple{problem.local, gradients.local_k, gradients.local_v}}) {
+    const int64_t sets = problem.batch * (slots.per_segment ? problem.segment_total : 1);
+    clear(k, sets * slots.count * problem.kv_heads);
+    clear(v, sets * slots.count * problem.kv_heads);
+  }
+
+  if (anew) {
+    parallel(execution, schedule.normalising.size(), [&](int64_t i, int worker) {
+      path.normalise(problem, schedule.normalising[i], input, own, schedule.sizes,
+                     static_cast<char*>(scratch.data()) + worker * scratch_size);
+    });
+  }
+  parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
+    path.backward(problem, schedule.items[i], input, output, schedule.sizes,
+                  static_cast<char*>(scratch.data()) + worker * scratch_size);
+  });
+  if (!shared && recurrence == 0) return;
+  parallel(execution, problem.batch * problem.kv_heads, [&](int64_t i, int) {
+    path.collect(problem, i / problem.kv_heads, i % problem.kv_heads, output);
+  });
+}
+
+}  // namespace hici::cpu

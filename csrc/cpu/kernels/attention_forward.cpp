@@ -1,0 +1,267 @@
+// attention, forward. Online softmax over blocks of keys; the query heads of a kv head are rows of one tile, so a block
+// of keys and values is packed once for all of them.
+//
+// Per block of keys: scores S = Q K^T (gemm), then per row the new maximum m, P = exp(scale S - m), and O = O * alpha +
+// P V (gemm). Rows are processed kRows at a time so that S and P stay near the core.
+
+#include "../attention.h"
+#include "attention_rows.h"
+
+namespace hici::cpu::HICI_PATH {
+namespace {
+
+constexpr int64_t kRows = 96;  // a multiple of kStrip and of tile rows
+
+// Rows of a tile: enough to pay for the packing of keys, and all heads of one token at least.
+int64_t tile_rows(const AttentionProblem& problem) {
+  return larger((problem.dim <= 128 ? 3 : 2) * kRows, round_up(problem.group(), kRows));
+}
+
+// Keys per block: packed keys and values take about 128 KiB.
+template <class Op>
+int64_t block_keys(int64_t dim) {
+  return larger(64, smaller(256, 65536 / static_cast<int64_t>(sizeof(Op)) / round_up(dim, 32) / 64 * 64));
+}
+
+template <class Op>
+struct Scratch {
+  int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block (a multiple of 32)
+  Op *q, *k, *v, *p;
+  float *s, *o, *top, *total, *alpha;
+  const void **k_rows, **v_rows, **next_k_rows, **next_v_rows;
+  int64_t* visible;
+
+  Scratch(const AttentionProblem& problem, const ForwardSizes& sizes, Carve& carve) {
+    const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows);
+    depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
+    block = smaller(block_keys<Op>(dim), round_up(sizes.keys, 32));
+    q = carve.take<Op>(rows * depth);
+    k = carve.take<Op>(block * depth);
+    v = carve.take<Op>(block * width);
+    s = carve.take<float>(strip_rows * block);
+    p = carve.take<Op>(strip_rows * block);
+    o = carve.take<float>(rows * width);
+    top = carve.take<float>(round_up(rows, kLanes));
+    total = carve.take<float>(round_up(rows, kLanes));
+    alpha = carve.take<float>(round_up(strip_rows, kLanes));
+    visible = carve.take<int64_t>(rows);
+    k_rows = carve.take<const void*>(block);
+    v_rows = carve.take<const void*>(block);
+    next_k_rows = carve.take<const void*>(block);
+    next_v_rows = carve.take<const void*>(block);
+  }
+};
+
+// S of `rows` rows and `n` keys becomes P; row r sees its first visible[r] keys. The rows of O, top and total follow.
+template <class Op>
+void soften(const Scratch<Op>& scratch, int64_t first, int64_t rows, int64_t n, int64_t depth, float scale) {
+  float *const top = scratch.top + first, *const total = scratch.total + first, *const alpha = scratch.alpha;
+  const Vec factor = splat(scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const s = scratch.s + r * scratch.block;
+    const int64_t seen = smaller(scratch.visible[r], n);
+    Vec m0 = splat(top[r]), m1 = m0;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= seen; j += 2 * kLanes) {
+      m0 = max(m0, mul(load(s + j), factor));
+      m1 = max(m1, mul(load(s + j + kLanes), factor));
+    }
+    for (; j < seen; j += kLanes) {
+      const int64_t there = smaller(kLanes, seen - j);
+      const Vec x = mul(load(s + j), factor);
+      m0 = max(m0, there == kLanes ? x : keep_first(there, x, m0));
+    }
+    alpha[r] = reduce_max(max(m0, m1));
+  }
+  for (int64_t r = rows; r < round_up(rows, kLanes); ++r) alpha[r] = -__builtin_inff();
+  bool moved = false;
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec before = load(top + r), after = load(alpha + r), one = splat(1.0f);
+    store(top + r, after);
+    // a row that has seen nothing yet: its sums are 0, and -inf - -inf is not a number
+    const Vec kept = where_equal(before, splat(-__builtin_inff()), one, exp(sub(before, after)));
+    store(alpha + r, kept);
+    moved |= any_differs(kept, one);
+  }
+  if (moved) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (alpha[r] == 1.0f) continue;
+      const Vec a = splat(alpha[r]);
+      float* const o = scratch.o + (first + r) * scratch.width;
+      for (int64_t d = 0; d < scratch.width; d += kLanes) store(o + d, mul(load(o + d), a));
+      total[r] *= alpha[r];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const s = scratch.s + r * scratch.block;
+    Op* const p = scratch.p + r * depth;
+    const int64_t seen = smaller(scratch.visible[r], n);
+    const Vec shift = splat(top[r]);
+    Vec sum = zeros();
+    int64_t j = 0;
+    for (; j + kLanes <= seen; j += kLanes) {
+      const Vec weight = exp(sub(mul(load(s + j), factor), shift));
+      sum = add(sum, weight);
+      narrow(p + j, weight);
+    }
+    if (j < seen) {
+      const Vec weight = keep_first(seen - j, exp(sub(mul(load(s + j), factor), shift)), zeros());
+      sum = add(sum, weight);
+      narrow_part(p + j, weight, smaller(kLanes, depth - j));
+      j += kLanes;
+    }
+    if (j < depth) __builtin_memset(p + j, 0, (depth - j) * sizeof(Op));
+    total[r] += reduce_add(sum);
+  }
+}
+
+template <class T>
+void finish(const AttentionProblem& problem, const AttentionSegment& segment, int64_t rank, int64_t head,
+            const float* o, float total, float top, const ForwardOutput& output) {
+  const int64_t b = segment.batch, dim = problem.dim;
+  const int64_t query = problem.column(b, rank) - (problem.keys - problem.queries);
+  T* const out = static_cast<T*>(output.out) + ((b * problem.queries + query) * problem.heads + head) * dim;
+  // divided, not multiplied by a rounded reciprocal
+  const Vec weight = splat(total == 0.0f ? 1.0f : total);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
+  if (d < dim) narrow_part(out + d, div(load(o + d), weight), dim - d);
+  // in double: the sum of a large maximum and a small logarithm is rounded once
+  const double lse = static_cast<double>(top) + __builtin_log(static_cast<double>(total));
+  output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
+}
+
+template <class T>
+void forward(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
+             const ForwardSizes& sizes, void* memory) {
+  using Op = typename operand<T>::type;
+  Carve carve(memory);
+  Scratch<Op> scratch(problem, sizes, carve);
+  const AttentionSegment& segment = problem.segments[item.segment];
+  const int64_t tokens = item.rank_end - item.rank_begin, group = problem.group(), rows = tokens * group;
+  const int64_t slots = segment.slots ? problem.global.count + problem.local.count : 0;
+  const int64_t width = scratch.width, depth = scratch.depth;
+
+  // rows: token by token within a head, head by head
+  for (int64_t h = 0; h < group; ++h)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* const from = query_row<T>(problem, problem.q, segment.batch, item.rank_begin + t, item.kv_head * group + h);
+      pack_rows(&from, 1, problem.dim, depth, scratch.q + (h * tokens + t) * depth);
+    }
+  __builtin_memset(scratch.o, 0, rows * width * sizeof(float));
+  for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = -__builtin_inff(), scratch.total[r] = 0;
+
+  const T** k_rows = reinterpret_cast<const T**>(scratch.k_rows);
+  const T** v_rows = reinterpret_cast<const T**>(scratch.v_rows);
+  const T** next_k_rows = reinterpret_cast<const T**>(scratch.next_k_rows);
+  const T** next_v_rows = reinterpret_cast<const T**>(scratch.next_v_rows);
+  tiles_begin();
+  const int64_t visible = problem.causal ? seen_keys(segment, slots, item.rank_end - 1) : item.key_end;
+  const int64_t last = smaller(item.key_end, visible);
+  if (item.key_begin < last)
+    key_rows<T>(problem, segment, item.kv_head, slots, item.key_begin,
+                smaller(item.key_begin + scratch.block, last), k_rows, v_rows);
+  for (int64_t j0 = item.key_begin; j0 < last; j0 += scratch.block) {
+    const int64_t j1 = smaller(j0 + scratch.block, last), n = j1 - j0;
+    const int64_t next = smaller(scratch.block, last - j1);
+    if (next > 0) key_rows<T>(problem, segment, item.kv_head, slots, j1, j1 + next, next_k_rows, next_v_rows);
+    // rows of one head lie far apart, which hardware does not prefetch: values are asked for while keys are packed, and
+    // the next block's keys while values are
+    pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, n);
+    pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
+    const int64_t columns = round_up(n, kLanes), block_depth = round_up(n, reduction<Op>::step);
+    for (int64_t first = 0; first < rows; first += kRows) {
+      const int64_t count = smaller(kRows, rows - first);
+      int64_t most = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t rank = item.rank_begin + (first + r) % tokens;
+        const int64_t seen = problem.causal ? larger(0, smaller(n, seen_keys(segment, slots, rank) - j0)) : n;
+        scratch.visible[r] = seen;
+        most = larger(most, seen);
+      }
+      if (most == 0) continue;
+      const int64_t used = smaller(columns, round_up(most, kPanel));
+      const int64_t used_depth = round_up(most, reduction<Op>::step);
+      gemm<false>(count, used, depth, scratch.q + first * depth, depth, scratch.k, scratch.s, scratch.block);
+      soften(scratch, first, count, most, used_depth, problem.scale);
+      gemm<true>(count, width, used_depth, scratch.p, used_depth, scratch.v, scratch.o + first * width, width,
+                 block_depth);
+    }
+    swap(k_rows, next_k_rows);
+    swap(v_rows, next_v_rows);
+  }
+  tiles_end();
+
+  if (item.partial >= 0) {
+    float* to = output.partials + item.partial * sizes.rows * (width + 2);
+    for (int64_t r = 0; r < rows; ++r, to += width + 2) {
+      __builtin_memcpy(to, scratch.o + r * width, width * sizeof(float));
+      to[width] = scratch.total[r], to[width + 1] = scratch.top[r];
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, scratch.o + r * width,
+              scratch.total[r], scratch.top[r], output);
+}
+
+template <class T>
+void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output,
+           const ForwardSizes& sizes) {
+  const AttentionSegment& segment = problem.segments[item.segment];
+  const int64_t tokens = item.rank_end - item.rank_begin, group = problem.group();
+  const int64_t width = round_up(problem.dim, kLanes), step = sizes.rows * (width + 2);
+  float* const base = output.partials + item.partial * step;
+  for (int64_t r = 0; r < tokens * group; ++r) {
+    float* const into = base + r * (width + 2);
+    float top = into[width + 1];
+    for (int64_t i = 1; i < count; ++i) {
+      const float x = into[i * step + width + 1];
+      top = x > top || x != x ? x : top;
+    }
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const from = into + i * step;
+      if (from[width] == 0.0f) continue;  // saw no key: its top is -inf
+      alignas(64) float factor[kLanes];
+      store(factor, exp(splat(from[width + 1] - top)));
+      const Vec a = splat(factor[0]);
+      total += from[width] * factor[0];
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const Vec x = mul(load(from + d), a);
+        store(into + d, i == 0 ? x : add(load(into + d), x));
+      }
+    }
+    finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, into, total, top,
+              output);
+  }
+}
+
+template <class T>
+int64_t scratch_bytes(const AttentionProblem& problem, const ForwardSizes& sizes) {
+  Carve carve(nullptr);
+  Scratch<typename operand<T>::type>(problem, sizes, carve);
+  return carve.bytes();
+}
+
+int64_t partial_width(const AttentionProblem& problem) { return round_up(problem.dim, kLanes) + 2; }
+
+int64_t forward_scratch(const AttentionProblem& problem, const ForwardSizes& sizes) {
+  return with_element(problem.element, [&](auto zero) { return scratch_bytes<decltype(zero)>(problem, sizes); });
+}
+
+void forward_item(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
+                  const ForwardSizes& sizes, void* scratch) {
+  with_element(problem.element, [&](auto zero) { forward<decltype(zero)>(problem, item, output, sizes, scratch); });
+}
+
+void merge_item(const AttentionProblem& problem, const ForwardItem& item, int64_t count, const ForwardOutput& output,
+                const ForwardSizes& sizes) {
+  with_element(problem.element, [&](auto zero) { merge<decltype(zero)>(problem, item, count, output, sizes); });
+}
+
+}  // namespace
+
+ForwardPath forward_path() { return {tile_rows, partial_width, forward_scratch, forward_item, merge_item}; }
+
+}  // namespace hici::cpu::HICI_PATH

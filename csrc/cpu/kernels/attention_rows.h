@@ -1,0 +1,61 @@
+// Where the rows of an attention problem lie, shared by forward and backward.
+#pragma once
+
+#include "../attention.h"
+#include "pack.h"
+
+namespace hici::cpu::HICI_PATH {
+
+template <class Run>
+inline auto with_element(Element element, Run&& run) {
+  switch (element) {
+    case Element::kBfloat16:
+      return run(bfloat16{});
+    case Element::kFloat16:
+      return run(float16{});
+    default:
+      return run(float{});
+  }
+}
+
+// Row of q, or of a tensor shaped like it, of the token of this rank.
+template <class T>
+inline const T* query_row(const AttentionProblem& problem, const Sequence4& x, int64_t batch, int64_t rank,
+                          int64_t head) {
+  const int64_t query = problem.column(batch, rank) - (problem.keys - problem.queries);
+  return static_cast<const T*>(x.data) + batch * x.batch + query * x.seq + head * x.head;
+}
+
+// Keys j < seen_keys are visible to the token of this rank under causality.
+inline int64_t seen_keys(const AttentionSegment& segment, int64_t slots, int64_t rank) {
+  return slots + rank - segment.key_begin + 1;
+}
+
+// Rows of keys and values j in [j0, j1) of a segment's list.
+template <class T>
+inline void key_rows(const AttentionProblem& problem, const AttentionSegment& segment, int64_t kv_head, int64_t slots,
+                     int64_t j0, int64_t j1, const T** k, const T** v) {
+  const int64_t b = segment.batch;
+  int64_t j = j0;
+  const auto from = [&](const Slots& s, int64_t offset) {
+    const T* const sk = static_cast<const T*>(s.k) + b * s.k_batch + segment.segment * s.k_segment + kv_head * s.k_head;
+    const T* const sv = static_cast<const T*>(s.v) + b * s.v_batch + segment.segment * s.v_segment + kv_head * s.v_head;
+    for (; j < j1 && j - offset < s.count; ++j) {
+      *k++ = sk + (j - offset) * s.k_slot;
+      *v++ = sv + (j - offset) * s.v_slot;
+    }
+  };
+  if (j < slots) {
+    from(problem.global, 0);
+    from(problem.local, problem.global.count);
+  }
+  const T* const tk = static_cast<const T*>(problem.k.data) + b * problem.k.batch + kv_head * problem.k.head;
+  const T* const tv = static_cast<const T*>(problem.v.data) + b * problem.v.batch + kv_head * problem.v.head;
+  for (; j < j1; ++j) {
+    const int64_t column = problem.column(b, segment.key_begin + j - slots);
+    *k++ = tk + column * problem.k.seq;
+    *v++ = tv + column * problem.v.seq;
+  }
+}
+
+}  // namespace hici::cpu::HICI_PATH

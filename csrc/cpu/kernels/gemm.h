@@ -1,0 +1,223 @@
+// C (+)= A B on small blocks, the product every kernel here is made of.
+//
+// A is row-major, rows `lda` elements apart. B is packed: panels of kPanel columns (the last one narrower, a multiple
+// of kLanes), each panel `k / pair` rows of (columns * pair) elements, where `pair` consecutive values of the reduction
+// stand side by side: 1 for float, 2 for bfloat16. Tile registers read the same layout. C is float, row-major. Element
+// (k, j) of a B with n columns lies at packed_at<Op>(k_total, n, k, j).
+//
+// Each element of C is a sum of chains of additions in order of k, cut in the same places whatever m and n are: of float
+// products every kChain, since the rounding of a chain grows with its length; products of bfloat16 are rounded worse.
+#pragma once
+
+#include "vector.h"
+#if defined(HICI_PATH_AMX)
+#include "tiles.h"
+#endif
+
+namespace hici::cpu::HICI_PATH {
+
+#if defined(HICI_PATH_AVX512)
+constexpr int kPanelVectors = 4, kStrip = 6;
+#else
+constexpr int kPanelVectors = 2, kStrip = 6;
+#endif
+constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int64_t kChain = 32;
+
+// What products of tensors of type T are computed from.
+template <class T>
+struct operand {
+  using type = float;
+};
+#if defined(HICI_PATH_AVX512_BF16)
+template <>
+struct operand<bfloat16> {
+  using type = bfloat16;
+};
+#endif
+
+template <class Op>
+struct reduction;
+template <>
+struct reduction<float> {
+  static constexpr int pair = 1, step = 1;  // step: k is padded with zeros to a multiple of it
+};
+template <>
+struct reduction<bfloat16> {
+  static constexpr int pair = 2;
+#if defined(HICI_PATH_AMX)
+  static constexpr int step = 32;
+#else
+  static constexpr int step = 2;
+#endif
+};
+
+template <class Op>
+inline int64_t packed_at(int64_t k_total, int64_t n, int64_t k, int64_t j) {
+  constexpr int pair = reduction<Op>::pair;
+  const int64_t panel = j / kPanel, columns = smaller(kPanel, n - panel * kPanel);
+  return panel * kPanel * k_total + (k / pair) * columns * pair + (j % kPanel) * pair + k % pair;
+}
+
+template <int MR, int NV, bool Accumulate>
+inline void strip(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  bool onto = Accumulate;
+  for (int64_t t = 0; t < k; onto = true) {
+    const int64_t end = smaller(k, t + kChain);
+    Vec sum[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] = zeros();
+    for (; t < end; ++t) {
+      Vec right[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) right[j] = load(b + (t * NV + j) * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const Vec left = splat(a[i * lda + t]);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        float* const to = c + i * ldc + j * kLanes;
+        store(to, onto ? add(load(to), sum[i][j]) : sum[i][j]);
+      }
+  }
+}
+
+#if defined(HICI_PATH_AVX512_BF16)
+template <int MR, int NV, bool Accumulate>
+inline void strip(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, float* c, int64_t ldc) {
+  Vec sum[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) sum[i][j] = zeros();
+  for (int64_t t = 0; t < k; t += 2) {
+    __m512bh right[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j)
+      right[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + (t * NV + 2 * j) * kLanes));
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      int32_t two;
+      __builtin_memcpy(&two, a + i * lda + t, sizeof two);
+      const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      float* const to = c + i * ldc + j * kLanes;
+      store(to, Accumulate ? add(load(to), sum[i][j]) : sum[i][j]);
+    }
+}
+#endif
+
+template <int NV, bool Accumulate, class Op>
+inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + kStrip <= m; i += kStrip) strip<kStrip, NV, Accumulate>(k, a + i * lda, lda, b, c + i * ldc, ldc);
+  a += i * lda, c += i * ldc;
+  switch (m - i) {
+    case 5:
+      return strip<5, NV, Accumulate>(k, a, lda, b, c, ldc);
+    case 4:
+      return strip<4, NV, Accumulate>(k, a, lda, b, c, ldc);
+    case 3:
+      return strip<3, NV, Accumulate>(k, a, lda, b, c, ldc);
+    case 2:
+      return strip<2, NV, Accumulate>(k, a, lda, b, c, ldc);
+    case 1:
+      return strip<1, NV, Accumulate>(k, a, lda, b, c, ldc);
+    default:
+      return;
+  }
+}
+
+template <bool Accumulate, class Op>
+inline void panel_of(int64_t columns, int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c,
+                     int64_t ldc) {
+  switch (columns / kLanes) {
+#if defined(HICI_PATH_AVX512)
+    case 4:
+      return panel<4, Accumulate>(m, k, a, lda, b, c, ldc);
+    case 3:
+      return panel<3, Accumulate>(m, k, a, lda, b, c, ldc);
+#endif
+    case 2:
+      return panel<2, Accumulate>(m, k, a, lda, b, c, ldc);
+    default:
+      return panel<1, Accumulate>(m, k, a, lda, b, c, ldc);
+  }
+}
+
+// C[m, n] (+)= A[m, k] B[k, n]; n a multiple of kLanes, k of reduction<Op>::step. Between tiles_begin() and tiles_end().
+// B may be the first whole panels, and the first k of k_total rows, of a larger packed matrix.
+template <bool Accumulate, class Op>
+inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc,
+                 int64_t k_total) {
+  for (int64_t j = 0; j < n; j += kPanel, b += kPanel * k_total, c += kPanel) {
+    const int64_t columns = smaller(kPanel, n - j);
+    if constexpr (reduction<Op>::pair == 2) {
+      int64_t done = 0;
+#if defined(HICI_PATH_AMX)
+      done = m / 16 * 16;
+      tile_panel<Accumulate>(done, columns, k, a, lda, b, c, ldc);
+      if (done == m) continue;
+#endif
+      panel_of<Accumulate>(columns, m - done, k, a + done * lda, lda, b, c + done * ldc, ldc);
+    } else {
+      panel_of<Accumulate>(columns, m, k, a, lda, b, c, ldc);
+    }
+  }
+}
+
+template <bool Accumulate, class Op>
+inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc) {
+  gemm<Accumulate>(m, n, k, a, lda, b, c, ldc, k);
+}
+
+// sum_k A(k, j) B(k, j) for every column j of two packed matrices, added in the order in which gemm adds: where a row of
+// A equals column j of one operand, the result equals gemm's to the bit.
+template <class Op>
+inline void column_dots(int64_t n, int64_t k, const Op* a, const Op* b, float* out) {
+  for (int64_t p = 0; p < n; p += kPanel, a += kPanel * k, b += kPanel * k) {
+    const int64_t columns = smaller(kPanel, n - p);
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec total = zeros();
+      if constexpr (reduction<Op>::pair == 1) {
+        for (int64_t t = 0; t < k; t += kChain) {
+          Vec chain = zeros();
+          for (int64_t u = t; u < smaller(k, t + kChain); ++u)
+            chain = fma(load(a + u * columns + j), load(b + u * columns + j), chain);
+          total = t == 0 ? chain : add(total, chain);
+        }
+      } else {
+#if defined(HICI_PATH_AVX512_BF16)
+        for (int64_t t = 0; t < k; t += 2) {
+          const int64_t at = t * columns + 2 * j;
+          total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a + at)),
+                                   reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + at)));
+        }
+#endif
+      }
+      store(out + p + j, total);
+    }
+  }
+}
+
+#if !defined(HICI_PATH_AMX)
+inline void tiles_begin() {}
+inline void tiles_end() {}
+#endif
+
+}  // namespace hici::cpu::HICI_PATH

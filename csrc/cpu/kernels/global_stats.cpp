@@ -1,0 +1,339 @@
+// Statistics of rows, block of channels by block of channels; each lane of a vector is one channel.
+//
+// Eight rows at a time are read once and stay in registers between two sweeps: their mean first, then squared
+// deviations from it. The result is merged into the running state by Chan's rule; values are taken relative to the mean of
+// the sequence's first segment. So memory is read once, and neither mean nor variance is ever a difference of large
+// numbers. The gradient needs no positions of extremes: going through the rows in order, the first one that equals the
+// extreme takes its gradient; in the running form a segment holds the extreme first if the previous group's was another.
+//
+// Roofline. An element costs 6 operations forward (subtract, add, maximum, minimum, subtract, multiply-add), so memory
+// bounds all forms. Bytes: shared forward, local once; causal forward, local once plus 5 rows per segment written;
+// backward, local twice and its gradient once, in the running form also 5 rows of gradient and 4 rows of facts per
+// segment (mean, slope in float; extremes in the element type), written and read.
+//
+// What was tried, and what it gave on one core of a Zen 5 (copy: 37 GB/s read + written in the same runs, 256 MiB, slots
+// 8, H 4096; processor time of the thread, since the machine was shared; bytes are local plus result):
+//   - two sweeps over rows in the first-level cache: AVX-512 16 GB/s float32, 15 GB/s bfloat16. Blocks of 1024 channels
+//     fill that cache with rows, state and rows prefetched; 512 channels gave 18, 256 gave 20, but lost as much backward.
+//   - rows in registers instead, 512 channels: AVX-512 28 GB/s float32, 23 bfloat16; AVX2 24 and 13.
+//   - causal, stored past the caches: AVX-512 32 GB/s float32, 22 bfloat16; AVX2 19 and 9. bfloat16 is bound by
+//     instructions on one core: widening is a quarter of them.
+//   - a prefetch of the next segment's same channels is part of all of these: a row of a block is at most a page, and the
+//     processor's own prefetching starts anew at every page.
+#include "../global_stats.h"
+
+#include "lanes.h"
+
+namespace hici::cpu::HICI_PATH {
+namespace {
+
+#if defined(HICI_PATH_AVX512)
+constexpr int kTogether = 2;  // vectors: what registers hold of kStatsPiece rows
+#else
+constexpr int kTogether = 1;
+#endif
+
+constexpr double kStdFloor = 1e-6, kVarianceFloor = 1e-12;
+
+template <class T>
+struct Kernel {
+  using Acc = typename simd::accumulator<T>::type;
+  using V = typename lanes<Acc>::value;
+  using Planes = StatsPlanes<Acc>;
+  static constexpr int L = lanes<Acc>::count;
+
+  static void start(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes& planes) {
+    const Acc share = 1 / static_cast<Acc>(rows);
+    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
+      V sum = all(Acc(0));
+      for (int64_t r = 0; r < rows; ++r) sum = sum + get(x + r * stride + c, tail);
+      put(planes.shift + c, sum * share);
+      put(planes.mean + c, all(Acc(0)));
+      put(planes.squares + c, all(Acc(0)));
+      if (planes.mean_excess) {
+        put(planes.mean_excess + c, all(Acc(0)));
+        put(planes.squares_excess + c, all(Acc(0)));
+      }
+      put(planes.top + c, all(-static_cast<Acc>(__builtin_inf())));
+      put(planes.low + c, all(static_cast<Acc>(__builtin_inf())));
+    });
+  }
+
+  struct Weights {
+    Acc own, share, between;  // 1 / added; added / total; count * added / total
+  };
+
+  // sum += more, and what rounding adds to it goes to excess (Kahan)
+  static inline void gather(Acc* sum, Acc* excess, V more) {
+    const V old = get(sum), exact = more - get(excess), total = old + exact;
+    put(excess, (total - old) - exact);
+    put(sum, total);
+  }
+
+  // Chan's rule for one set of rows whose mean and squared deviations are known.
+  static inline void join(Planes planes, int64_t c, Weights w, V own, V spread) {
+    V gap = own - get(planes.mean + c);
+    if (planes.mean_excess) {
+      gap = gap + get(planes.mean_excess + c);
+      gather(planes.mean + c, planes.mean_excess + c, gap * w.share);
+      gather(planes.squares + c, planes.squares_excess + c, spread + gap * gap * w.between);
+    } else {
+      put(planes.mean + c, get(planes.mean + c) + gap * w.share);
+      put(planes.squares + c, get(planes.squares + c) + spread + gap * gap * w.between);
+    }
+  }
+
+  static inline V mean_of(Planes planes, int64_t c) {
+    const V mean = get(planes.shift + c) + get(planes.mean + c);
+    return planes.mean_excess ? mean - get(planes.mean_excess + c) : mean;
+  }
+
+  // Comparisons are false for NaN, but a set that holds one has no maximum, as in torch.amax.
+  template <class Tail>
+  static __attribute__((noinline, cold)) void spoil(const T* x, int64_t stride, int64_t rows, Acc* top, Acc* low,
+                                                    Tail tail) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const V v = get(x + r * stride, tail);
+      const auto bad = is_nan(v);
+      put(top, pick(bad, v, get(top)));
+      put(low, pick(bad, v, get(low)));
+    }
+  }
+
+  // R rows, kept in registers between the two sweeps.
+  template <int R, int U, class Tail>
+  __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
+                                 Tail tail) {
+    V d[R][U], top[U], low[U], bad = all(Acc(0));
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const V shift = get(planes.shift + c + u * L);
+      top[u] = get(planes.top + c + u * L);
+      low[u] = get(planes.low + c + u * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const T* const p = x + r * stride + c + u * L;
+        if (u % kLine<T> == 0) __builtin_prefetch(p + ahead);
+        const V v = get(p, tail);
+        d[r][u] = v - shift;
+        top[u] = higher(v, top[u]);
+        low[u] = lower(v, low[u]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      V part[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) part[r] = d[r][u];
+#pragma GCC unroll 4
+      for (int half = R / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
+      bad = bad + part[0];
+      const V own = part[0] * w.own;
+      V even = all(Acc(0)), odd = even;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V e = d[r][u] - own;
+        (r % 2 ? odd : even) = (r % 2 ? odd : even) + e * e;
+      }
+      join(planes, c + u * L, w, own, even + odd);
+      put(planes.top + c + u * L, top[u]);
+      put(planes.low + c + u * L, low[u]);
+    }
+    if (__builtin_expect(any(is_nan(bad)), 0))
+      for (int u = 0; u < U; ++u)
+        spoil(x + c + u * L, stride, R, planes.top + c + u * L, planes.low + c + u * L, tail);
+  }
+
+  // Any number of rows, read twice; the second time from the first-level cache.
+  template <class Tail>
+  static inline void absorb_some(const T* x, int64_t stride, int64_t rows, Planes planes, Weights w, int64_t c,
+                                 Tail tail) {
+    const V shift = get(planes.shift + c);
+    V top = get(planes.top + c), low = get(planes.low + c), sum = all(Acc(0)), spread = sum;
+    for (int64_t r = 0; r < rows; ++r) {
+      const V v = get(x + r * stride + c, tail);
+      sum = sum + (v - shift);
+      top = higher(v, top);
+      low = lower(v, low);
+    }
+    const V own = sum * w.own;
+    for (int64_t r = 0; r < rows; ++r) {
+      const V e = get(x + r * stride + c, tail) - shift - own;
+      spread = spread + e * e;
+    }
+    join(planes, c, w, own, spread);
+    put(planes.top + c, top);
+    put(planes.low + c, low);
+    if (__builtin_expect(any(is_nan(sum)), 0)) spoil(x + c, stride, rows, planes.top + c, planes.low + c, tail);
+  }
+
+  static Weights weights(int64_t count, int64_t added) {
+    const double total = static_cast<double>(count) + static_cast<double>(added);
+    const double share = static_cast<double>(added) / total;
+    return {static_cast<Acc>(1 / static_cast<double>(added)), static_cast<Acc>(share),
+            static_cast<Acc>(static_cast<double>(count) * share)};
+  }
+
+  static void absorb(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes& planes,
+                     int64_t count) {
+    const Weights w = weights(count, rows);
+    const Planes local = planes;
+    if (rows == kStatsPiece)
+      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        absorb_rows<kStatsPiece, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+      });
+    else
+      each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { absorb_some(x, stride, rows, local, w, c, tail); });
+  }
+
+  static void merge(const Planes& into, int64_t count, const Planes& from, int64_t added, int64_t n,
+                    int32_t* top_owner, int32_t* low_owner, int32_t id) {
+    const Weights w = weights(count, added);
+    for (int64_t c = 0; c < n; c += L) {
+      if (from.mean_excess) {
+        join(into, c, w, get(from.mean + c), get(from.squares + c) - get(from.squares_excess + c));
+        put(into.mean_excess + c, get(into.mean_excess + c) + get(from.mean_excess + c) * w.share);
+      } else {
+        join(into, c, w, get(from.mean + c), get(from.squares + c));
+      }
+      const V top = get(into.top + c), low = get(into.low + c), high = get(from.top + c), deep = get(from.low + c);
+      const auto up = either(greater(high, top), but_not(is_nan(high), is_nan(top)));
+      const auto down = either(greater(low, deep), but_not(is_nan(deep), is_nan(low)));
+      put(into.top + c, pick(up, high, top));
+      put(into.low + c, pick(down, deep, low));
+      if (top_owner) {
+        number(top_owner + c, up, id, top);
+        number(low_owner + c, down, id, low);
+      }
+    }
+  }
+
+  static double emit(const Planes& planes, int64_t count, int64_t n, T* out, int64_t stride, Acc* means, bool past) {
+    const Acc each = 1 / static_cast<Acc>(count);
+    DotSum norm;
+    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
+      const V mean = mean_of(planes, c);
+      const V variance = get(planes.squares + c) * each;
+      put(means + c, mean, tail);
+      leave(out + c, mean, past, tail);
+      leave(out + stride + c, get(planes.top + c), past, tail);
+      leave(out + 2 * stride + c, get(planes.low + c), past, tail);
+      const auto flat = at_most(variance, all(Acc(kVarianceFloor)));
+      leave(out + 3 * stride + c, pick(flat, all(Acc(kStdFloor)), root(variance)), past, tail);
+      norm.add(mean, mean);
+    });
+    return norm.total();
+  }
+
+  static void finish(const Acc* means, Acc norm, int64_t n, T* out, bool past) {
+    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { leave(out + c, get(means + c, tail) / norm, past, tail); });
+  }
+
+  static StatsNorm facts(const Planes& planes, int64_t count, int64_t n, const T* unit, const StatsFacts<T>& to) {
+    const Acc each = 1 / static_cast<Acc>(count), rows = static_cast<Acc>(count);
+    DotSum norm, along;
+    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
+      const V own = get(planes.mean + c), mean = mean_of(planes, c);
+      const V variance = get(planes.squares + c) * each;
+      const auto flat = at_most(variance, all(Acc(kVarianceFloor)));
+      put(to.mean + c, own);
+      put(to.slope + c, pick(flat, all(Acc(0)), all(Acc(1)) / (root(variance) * rows)));
+      put(to.top + c, get(planes.top + c), tail);
+      put(to.low + c, get(planes.low + c), tail);
+      norm.add(mean, mean);
+      along.add(mean, get(unit + c, tail));
+    });
+    return {norm.total(), along.total()};
+  }
+
+  template <int U, class Tail>
+  static inline void spread_rows(const StatsSpread<T>& a, int64_t at, Tail tail) {
+    V base[U], slope[U], centre[U], top_value[U], low_value[U], top[U], low[U];
+    for (int u = 0; u < U; ++u) {
+      const int64_t c = at + u * L;
+      const V mean = get(a.group.mean + c), shift = get(a.shift + c);
+      V constant = get(a.sums.constant + c), drift = get(a.sums.drift + c);
+      slope[u] = get(a.sums.slope + c), top[u] = get(a.sums.top + c), low[u] = get(a.sums.low + c);
+      // drift = sum over later groups of slope_i * (mean - mean_i), kept relative to the present mean
+      if (a.next_mean) drift = drift + slope[u] * (mean - get(a.next_mean + c));
+      if (a.grad) {
+        const T* const g = a.grad + c;
+        const V unit = get(g + 4 * a.grad_stride, tail);
+        constant = constant + (get(g, tail) + (unit - (mean + shift) * a.project) * a.inverse) * a.each;
+        slope[u] = slope[u] + get(g + 3 * a.grad_stride, tail) * get(a.group.slope + c);
+        V more = get(g + a.grad_stride, tail), less = get(g + 2 * a.grad_stride, tail);
+        if (a.top_owner) {
+          more = pick(equals(a.top_owner + c, a.number, more), more, all(Acc(0)));
+          less = pick(equals(a.low_owner + c, a.number, less), less, all(Acc(0)));
+        }
+        top[u] = top[u] + more, low[u] = low[u] + less;
+      }
+      put(a.sums.constant + c, constant);
+      put(a.sums.drift + c, drift);
+      put(a.sums.slope + c, slope[u]);
+      base[u] = constant + drift;
+      centre[u] = mean, top_value[u] = get(a.group.top + c, tail), low_value[u] = get(a.group.low + c, tail);
+      put(a.sums.top + c, top[u]);
+      put(a.sums.low + c, low[u]);
+    }
+    if (a.rows == 0) return;
+    V top_later[U], low_later[U], shift[U];
+    for (int u = 0; u < U; ++u) {
+      const int64_t c = at + u * L;
+      shift[u] = get(a.shift + c);
+      top_later[u] = low_later[u] = all(Acc(0));
+      if (a.before_top) {
+        // an extreme that the previous group has too lies in an earlier segment
+        const V top_before = get(a.before_top + c, tail), low_before = get(a.before_low + c, tail);
+        const auto top_kept = either(equal(top_before, top_value[u]), is_nan(top_before));
+        const auto low_kept = either(equal(low_before, low_value[u]), is_nan(low_before));
+        top_later[u] = pick(top_kept, top[u], top_later[u]), top[u] = pick(top_kept, all(Acc(0)), top[u]);
+        low_later[u] = pick(low_kept, low[u], low_later[u]), low[u] = pick(low_kept, all(Acc(0)), low[u]);
+      }
+    }
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const T* const x = a.x + r * a.stride + at;
+      T* const dx = a.dx + r * a.dx_stride + at;
+      for (int u = 0; u < U; ++u) {
+        const V v = get(x + u * L, tail), none = all(Acc(0));
+        // the first row that holds the extreme takes all that is left of its gradient
+        const auto bad = is_nan(v), highest = either(equal(v, top_value[u]), bad);
+        const auto lowest = either(equal(v, low_value[u]), bad);
+        V d = base[u] + slope[u] * (v - shift[u] - centre[u]);
+        d = d + pick(highest, top[u], none);
+        d = d + pick(lowest, low[u], none);
+        top[u] = pick(highest, none, top[u]);
+        low[u] = pick(lowest, none, low[u]);
+        leave(dx + u * L, d, a.stream, tail);
+      }
+    }
+    for (int u = 0; u < U; ++u) {
+      const int64_t c = at + u * L;
+      put(a.sums.top + c, top_later[u] + top[u]);
+      put(a.sums.low + c, low_later[u] + low[u]);
+    }
+  }
+
+  static void spread(const StatsSpread<T>& a) {
+    each_vector<kLine<T>, Acc>(a.channels, [&](int64_t c, auto many, auto tail) {
+      spread_rows<decltype(many)::value>(a, c, tail);
+    });
+  }
+
+  static StatsPath<T> path() { return {start, absorb, merge, emit, finish, facts, spread, settle}; }
+};
+
+}  // namespace
+
+template <class T>
+StatsPath<T> stats_path() {
+  return Kernel<T>::path();
+}
+template StatsPath<float> stats_path<float>();
+template StatsPath<double> stats_path<double>();
+template StatsPath<bfloat16> stats_path<bfloat16>();
+template StatsPath<float16> stats_path<float16>();
+
+}  // namespace hici::cpu::HICI_PATH

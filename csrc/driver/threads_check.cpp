@@ -1,0 +1,35 @@
+// parallel.h: every item once, whatever the number of workers, and calls from several threads at once.
+
+#include <atomic>
+#include <thread>
+
+#include "../cpu/parallel.h"
+#include "checks.h"
+
+namespace hici::driver {
+namespace {
+
+void every_item_once(int threads, int64_t items) {
+  std::vector<int> done(items), by(items, -1);
+  cpu::parallel(cpu::Execution{threads}, items, [&](int64_t i, int worker) { ++done[i], by[i] = worker; });
+  for (int64_t i = 0; i < items; ++i) {
+    if (done[i] != 1) fail("parallel: item %d of %d done %d times by %d threads", (int)i, (int)items, done[i], threads);
+    if (by[i] < 0 || by[i] >= threads) fail("parallel: worker %d of %d", by[i], threads);
+  }
+}
+
+}  // namespace
+
+void check_threads() {
+  for (int threads : {1, 2, 3, 7})
+    for (int64_t items : {0, 1, 2, 6, 100}) every_item_once(threads, items);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([] {
+      for (int j = 0; j < 20; ++j) every_item_once(3, 50);
+    });
+  for (std::thread& t : callers) t.join();
+  if (cpu::borrows_threads()) fail("the driver is to start its own threads");
+}
+
+}  // namespace hici::driver

@@ -1,0 +1,44 @@
+"""The correctness half of the GPU suite, on a device that interprets: the small ones of its problems."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hici_kernels.bench import gpu_checks
+
+pytest.importorskip("triton.language")
+
+CPU = torch.device("cpu")
+FAST = {("global_stats", "odd width"), ("attention", "one token")}
+SLOW = {
+    ("attention", "the last 5 positions"),
+    ("local_slots", "odd widths"),
+    ("local_slots", "holes"),
+    ("local_slots", "packed"),
+    ("global_stats", "packed"),
+    ("global_stats", "left out, causal"),
+}
+
+
+def problems():
+    for c in gpu_checks.checks(CPU):
+        key = (c.op, c.name)
+        if key in FAST | SLOW:
+            marks = [] if key in FAST and c.dtype == torch.bfloat16 else [pytest.mark.slow]
+            yield pytest.param(c, id=f"{c.op}, {c.name}, {str(c.dtype)[6:]}", marks=marks)
+
+
+@pytest.mark.parametrize("problem", problems())
+def test_kernels_pass(problem):
+    (record,) = gpu_checks.run_check(problem, ["triton"])
+    assert record["correct"] is True, record
+
+
+def test_a_kernel_that_is_slightly_off_does_not():
+    problem = next(c for c in gpu_checks.checks(CPU, ("global_stats",)) if c.name == "odd width")
+
+    def call(x, impl):
+        return tuple(1.03 * y for y in problem.call(x, impl))
+
+    assert gpu_checks.run_check(dataclasses.replace(problem, call=call), ["triton"])[0]["correct"] is False
