@@ -148,8 +148,14 @@ def _attention(entry: Entry) -> Problems:
         yield "full, no slots", (*tokens(b), length, 0, *none, None, None, None, False, d**-0.5)
         cu = torch.tensor([0, length, s], dtype=torch.int32)
         yield "packed", (*tokens(1), length, 0, *prefix(1, n), None, None, cu, True, d**-0.5)
+        q, k, v = tokens(b)
+        if entry.configuration.get("TMA"):
+            # batch rows that are no whole number of token rows apart are no matrix: no descriptors
+            row = s * hkv * d
+            k, v = (empty(b, row + 16)[:, :row].unflatten(1, (s, hkv, d)) for _ in "kv")
+            q = empty(b, s * hq * d + 16)[:, : s * hq * d].unflatten(1, (s, hq, d))
+            yield "causal, slots, no descriptors", (q, k, v, length, 0, *prefix(b, n), None, None, None, True, d**-0.5)
         if entry.op == "attention":
-            q, k, v = tokens(b)
             yield "one query", (q[:, -1:], k, v, 0, 0, *none, None, None, None, True, d**-0.5)
 
 
