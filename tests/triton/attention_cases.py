@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import mmap
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import pytest
 import torch
+import triton.language as tl
 from hici_cases import random_mask
 from hici_oracle import column_segments
 from torch import Tensor
+from triton.runtime import interpreter
 
 NAMES = ("q", "k", "v", "global_k", "global_v", "local_k", "local_v")
 
@@ -133,3 +141,47 @@ def dense(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, 
 
 def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double() for name, x in tensors.items()}
+
+
+def reserved(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``count`` numbers of memory that is reserved and takes room only where it is touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * count, flags=flags), dtype=dtype)
+
+
+def pointer(x: Tensor, offset: int = 0) -> tl.tensor:
+    """A kernel argument that the interpreter takes without copying the bfloat16 it points to."""
+    kind = tl.pointer_type(tl.bfloat16)
+    return tl.tensor(interpreter.TensorHandle(np.array([x.data_ptr() + 2 * offset], dtype=np.uint64), kind), kind)
+
+
+@contextmanager
+def other_order() -> Iterator[list[tuple[int, int]]]:
+    """Programs along the first axis of a grid run in another order; gives (turn, program) of all."""
+    original = interpreter.interpreter_builder.set_grid_idx
+    order: list[tuple[int, int]] = []
+
+    def shuffled(x: int, y: int, z: int) -> None:
+        size = interpreter.interpreter_builder.grid_dim[0]
+        step = next(n for n in (7, 11, 13, 17) if size % n)
+        order.append((x, (x * step + 3) % size))
+        original((x * step + 3) % size, y, z)
+
+    with mock.patch.object(interpreter.interpreter_builder, "set_grid_idx", shuffled):
+        yield order
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounding() -> Iterator[None]:
+    """float32 becomes bfloat16 to nearest even, as on a GPU: the interpreter cuts off, which doubles the error."""
+    original = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return original(self, source, kind)
+        x = torch.from_numpy(np.atleast_1d(np.ascontiguousarray(source.data))).to(torch.bfloat16)
+        bits = x.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape)
+        return interpreter.TensorHandle(bits, kind.scalar)
+
+    with mock.patch.object(interpreter.InterpreterBuilder, "cast_impl", cast):
+        yield

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton.language")
 
-from hici_kernels.aot import REQUIRED, run
+from hici_kernels.aot import REQUIRED, fit, run
 
 
 def compiler_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -130,9 +130,24 @@ def test_a_table_without_kernels_is_a_failure() -> None:
     assert run.unused([{"tables": ["a"]}], ["a", "b"]) == ["b: no kernel is launched for this table"]
 
 
-@pytest.mark.slow
-def test_one_configuration_of_every_kernel_compiles_for_every_target(tmp_path: Path) -> None:
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "aot.json"
+
+
+def test_the_committed_report_has_no_failure() -> None:
+    report = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    exceptions = json.loads(run.EXCEPTIONS.read_text(encoding="utf-8"))
+    assert report["kernels"]
+    for record in report["kernels"]:
+        assert record["verdict"] == run.verdict(record, exceptions), run.title(record)
+        assert record["verdict"] in ("ok", "listed exception"), run.title(record)
+
+
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_configuration_of_every_kernel_compiles_for_every_target(tmp_path: Path, cached: bool) -> None:
+    """``cached``: what the committed report proves is taken from it, and only what has changed since is compiled."""
     report = tmp_path / "report.json"
+    if cached:
+        report.write_text(COMMITTED.read_text(encoding="utf-8"), encoding="utf-8")
     done = compiler_process("-m", "hici_kernels.aot", "--one-per-kernel", "--report", str(report))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     records = json.loads(report.read_text(encoding="utf-8"))["kernels"]
@@ -142,6 +157,70 @@ def test_one_configuration_of_every_kernel_compiles_for_every_target(tmp_path: P
         assert {a for k, a in compiled if k == kernel} >= set(REQUIRED)
     tables = {t for r in records for t in r["tables"]}
     assert {"attention", "attention_backward", "local_slots", "local_slots_backward", "global_stats"} <= tables
+
+
+@pytest.mark.slow
+def test_the_committed_report_proves_every_entry_of_the_tables(tmp_path: Path) -> None:
+    """Sources, tables and report belong together: nothing is left to compile, and nothing in it is of the past."""
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    if committed["triton"] != triton_version():
+        pytest.skip(f"the committed report is of triton {committed['triton']}")
+    report = tmp_path / "report.json"
+    report.write_text(COMMITTED.read_text(encoding="utf-8"), encoding="utf-8")
+    done = compiler_process("-m", "hici_kernels.aot", "--report", str(report))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert ", 0 compiled now" in done.stdout
+    assert json.loads(report.read_text(encoding="utf-8")) == committed
+
+
+def triton_version() -> str:
+    done = compiler_process("-c", "import triton; print(triton.__version__)")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_an_entry_that_is_too_large_is_made_to_fit() -> None:
+    done = compiler_process(str(Path(__file__).with_name("aot_fit.py")))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == "" and found["verdicts"][-1] == "ok" and "shared memory" in found["verdicts"][0]
+    # only stages had to go
+    assert found["found"] == found["start"] | {"num_stages": found["found"]["num_stages"]}
+    assert 1 < found["found"]["num_stages"] < found["start"]["num_stages"]
+    assert found["why"].startswith("a guess; shrunk from SIZE=128 BLOCK=64") and "shared memory" in found["why"]
+    assert set(found["variants"]) == {"own"}
+    assert found["again"] == found["found"]
+
+
+START = {"BLOCK_M": 128, "BLOCK_N": 64, "TMA": 1, "num_warps": 8, "num_stages": 3}
+
+
+def test_candidates_begin_with_the_start_and_shrink() -> None:
+    found = list(fit.candidates(START, "BLOCK_M"))
+    assert found[0] == START
+    assert all(c["TMA"] == 1 and c.keys() == START.keys() for c in found)
+    assert len({tuple(c.items()) for c in found}) == len(found)
+    assert all(fit.LEAST <= c[k] <= START[k] for c in found for k in ("BLOCK_M", "BLOCK_N"))
+    assert all(1 <= c["num_stages"] <= 3 and c["num_warps"] in (4, 8) for c in found)
+    # whole rows before anything with fewer, loads ahead before anything without
+    cut = [c["num_stages"] == 1 or c["BLOCK_M"] < 64 for c in found]
+    assert cut == sorted(cut)
+    assert [c["num_stages"] == 1 for c in found] == sorted(c["num_stages"] == 1 for c in found)
+
+
+@pytest.mark.parametrize(
+    "why, change, expected",
+    [
+        ("100 bytes of spill", {"num_warps": 4}, True),
+        ("100 bytes of spill", {"BLOCK_N": 32}, False),
+        ("100 bytes of spill", {"num_stages": 2}, False),
+        ("300000 bytes of shared memory", {"num_warps": 4}, True),
+        ("300000 bytes of shared memory", {"num_stages": 2}, False),
+        ("does not compile", {}, False),
+    ],
+)
+def test_what_needs_no_less_than_a_failure_is_not_tried(why: str, change: dict, expected: bool) -> None:
+    assert fit.hopeless(START | change, [(START, why)]) is expected
 
 
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:

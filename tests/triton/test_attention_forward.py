@@ -1,16 +1,14 @@
 """attention's forward kernels under Triton's interpreter: results against float64, and what must not matter."""
 
-import mmap
 import random
 from contextlib import contextmanager
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_cases import NAMES, Case, dense, wide
+from attention_cases import NAMES, Case, dense, other_order, pointer, reserved, rounding, wide
 from hici_cases import close, random_offsets
 from hici_oracle import attention as loops
 from hypothesis import Phase, given, settings
@@ -23,6 +21,8 @@ from hici_kernels.ops.attention import triton as launch
 from hici_kernels.ops.attention import triton_forward, triton_schedule
 from hici_kernels.testing import assert_within_budget
 from hici_kernels.tuning.lookup import trial
+
+__all__ = ["rounding"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CU = (0, 5, 5, 29, 40)
@@ -157,14 +157,14 @@ def fuzz(seed):
         check(tensors, options, rng.choice([(16, 16), (32, 16), (16, 32)]))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 2**31))
 def test_fuzz(seed):
     fuzz(seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31))
 def test_fuzz_at_length(seed):
     fuzz(seed)
@@ -292,6 +292,35 @@ def test_large_scores_stay_finite():
     close(out, expected, 1e-5)
 
 
+# ---- repeatable
+
+
+REPEATED = [
+    Case("segments, slots, recurrence", segment_len=13, recurrence_len=4, shared=3, local=2, heads=(4, 2), batch=2),
+    Case("documents, masks", cu=CU, segment_len=6, each=2, local=1, mask="holes", prefix_mask=1, dtype=BF16),
+    Case("runs of keys", tokens=150, queries=1, heads=(4, 2), local=2, dtype=F16),
+]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda c: c.name)
+def test_neither_the_order_of_programs_nor_what_new_memory_holds_matters(case, monkeypatch):
+    """Bits are the same whichever program runs first and whatever results and buffers held."""
+    tensors, options = case.make()
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 40)
+    expected = run(tensors, options)
+    empty, made = torch.empty, []
+
+    def dirty(*args, **kwargs):
+        made.append(empty(*args, **kwargs))
+        return made[-1].fill_(float("nan") if made[-1].is_floating_point() else 0)
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    with other_order() as order:
+        found = run(tensors, options)
+    assert any(a != b for a, b in order) and len(made) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # ---- keys copied by descriptors
 
 
@@ -366,7 +395,7 @@ def test_column_blocks_hold_the_head(dtype):
 def test_column_blocks_of_common_heads():
     blocks = [launch.column_blocks(d) for d in (64, 80, 96, 128, 160, 192, 256)]
     assert blocks == [(64, 0), (64, 16), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0)]
-    assert launch.column_blocks(256, F32) == (128, 128)
+    assert [launch.column_blocks(d, F32) for d in (64, 96, 128, 256)] == [(64, 0), (64, 32), (64, 64), (128, 128)]
 
 
 @pytest.mark.parametrize("queries", [1, 5, 4096])
@@ -475,14 +504,6 @@ def test_contents_that_are_no_offsets_stay_inside(entries):
 # ---- addresses
 
 
-def pointer(address, dtype):
-    """A kernel argument that the interpreter takes without copying what it points to."""
-    from triton.runtime.interpreter import TensorHandle
-
-    kind = tl.pointer_type(dtype)
-    return tl.tensor(TensorHandle(np.array([address], dtype=np.uint64), kind), kind)
-
-
 def test_offsets_are_64_bit():
     """The last position of 512K with 64 query and 4 kv heads of 128, in memory that is reserved and never filled."""
     tokens, hq, hkv, d, n = 2**19, 64, 4, 128, 20
@@ -490,9 +511,7 @@ def test_offsets_are_64_bit():
     segment, slot_stride = 2**17, 2**15
     sizes = {"fused": tokens * width, "out": tokens * hq * d, "slots": (segment + 1) * slot_stride}
     assert min(sizes.values()) > 2**31
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    space = {name: mmap.mmap(-1, 2 * size, flags=flags) for name, size in sizes.items()}
-    view = {name: torch.frombuffer(x, dtype=BF16) for name, x in space.items()}
+    view = {name: reserved(size) for name, size in sizes.items()}
     fused = view["fused"].view(tokens, hq + 2 * hkv, d)
     torch.manual_seed(0)
     fused[-n:] = torch.randn(n, hq + 2 * hkv, d).to(BF16)
@@ -505,23 +524,22 @@ def test_offsets_are_64_bit():
 
     table = torch.tensor([[segment, tokens - 1, tokens - n, tokens, 0, tokens, 0, 0]], dtype=torch.int32)
     lse = torch.full((1, hq, tokens), 7.0)
-    base, slot_base = view["fused"].data_ptr(), view["slots"].data_ptr()
     strides = {name: 0 for name in triton_forward.attention_forward.arg_names if name.startswith("stride_")}
     for name in "qkv":
         strides |= {f"stride_{name}{'t' if name == 'q' else 'n'}": width, f"stride_{name}h": d}
     for name in ("lk", "lv"):
         strides |= {f"stride_{name}i": slot_stride, f"stride_{name}j": hkv * d, f"stride_{name}h": d}
     triton_forward.attention_forward[(1, hkv, 1)](
-        q=pointer(base, tl.bfloat16),
-        k=pointer(base + 2 * hq * d, tl.bfloat16),
-        v=pointer(base + 2 * (hq + hkv) * d, tl.bfloat16),
+        q=pointer(view["fused"]),
+        k=pointer(view["fused"], hq * d),
+        v=pointer(view["fused"], (hq + hkv) * d),
         global_k=None,
         global_v=None,
-        local_k=pointer(slot_base, tl.bfloat16),
-        local_v=pointer(slot_base + 2 * 3 * hkv * d, tl.bfloat16),
+        local_k=pointer(view["slots"]),
+        local_v=pointer(view["slots"], 3 * hkv * d),
         prefix_mask=None,
         attention_mask=None,
-        out=pointer(view["out"].data_ptr(), tl.bfloat16),
+        out=pointer(view["out"]),
         lse=lse,
         scale=d**-0.5,
         factor=d**-0.5 * launch.LOG2E,
@@ -553,9 +571,9 @@ def test_offsets_are_64_bit():
         FUSED=True,
         SIGN=1,
     )
-    out = view["out"].view(1, tokens, hq, d)[:, -1:]
-    close(out, expected, 0.02)
-    close(lse[:, :, -1:], expected_lse, 1e-3)
+    plain, plain_lse = dense(inputs, Case("").make()[1])
+    assert_within_budget(expected, view["out"].view(1, tokens, hq, d)[:, -1:], plain, "out")
+    assert_within_budget(expected_lse, lse[:, :, -1:], plain_lse, "lse")
     assert (lse[:, :, :-1] == 7.0).all()
 
 
@@ -581,14 +599,18 @@ def test_cpu_tensors_are_refused_where_kernels_are_compiled():
     assert reason is not None and "q is on cpu" in reason
 
 
-def test_bfloat16_weights_are_rounded_before_they_multiply_values():
-    """The interpreter's product is float32; what the GPU multiplies is bfloat16, and so it is here."""
-    q = torch.zeros(1, 3, 1, 16, dtype=BF16)
-    v = torch.zeros(1, 3, 1, 16, dtype=BF16)
-    k = torch.zeros(1, 3, 1, 16, dtype=BF16)
-    k[:, 0], v[:, 0] = 1.0, 1.0
-    q[:, 2] = -0.1
+def test_bfloat16_weights_are_rounded_to_nearest_before_they_multiply_values():
+    """Two weights of opposite values, one above and one below the middle of two bfloat16: their difference is one ulp.
+
+    Without rounding it would be half of that, with rounding down nothing.
+    """
+    ulp = 2.0**-10
+    wanted = torch.tensor([207.6, 207.1], dtype=torch.float64) * ulp
+    coarse = wanted.log().to(BF16)
+    fine = (wanted.log() - coarse.double()).to(BF16)
+    q, k, v = (torch.zeros(1, 3, 1, 16, dtype=BF16) for _ in range(3))
+    q[..., :2] = 1.0
+    k[0, :2, 0, 0], k[0, :2, 0, 1] = coarse, fine
+    v[0, 0], v[0, 1] = 1.0, -1.0
     out, _ = run({"q": q, "k": k, "v": v}, {"causal": False, "scale": 1.0})
-    p = torch.tensor(-1.6).mul(q[0, 2, 0, 0].float() / -0.1).exp()
-    rounded = float(p.to(BF16)) / float(p + 2)
-    close(out[0, 2, 0].double(), torch.full((16,), rounded, dtype=torch.float64), 4e-3)
+    close(out[0, 0, 0].double(), torch.full((16,), ulp / (1 + float(wanted.sum())), dtype=torch.float64), 0.02 * ulp)

@@ -121,9 +121,19 @@ def test_an_entry_is_replaced_for_its_dtypes_only() -> None:
     ]
 
 
+def test_a_block_and_its_warps_move_together() -> None:
+    start = {"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 8}
+    found = list(search.neighbours(start))
+    assert {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4} in found
+    assert {"BLOCK_M": 256, "BLOCK_N": 16, "num_warps": 16} in found
+    assert {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 16} in found
+    assert start not in found and len({tuple(c.items()) for c in found}) == len(found)
+
+
 def test_steps() -> None:
     assert search.steps("BLOCK_M", 16) == [32] and search.steps("DQ_BLOCK_N", 256) == [128]
     assert search.steps("num_warps", 4) == [2, 8] and search.steps("num_stages", 1) == [2]
+    assert search.steps("TMA", 0) == [1] and search.steps("TMA", 1) == [0]
     assert search.steps("TILES", 1) == [2] and search.steps("TILES", 64) == [32]
 
 

@@ -10,6 +10,8 @@ thread and is not listed in ``exceptions.json`` with what that costs.
 The report is also the cache: a record whose key (the sources of the kernel and of everything it calls, its signature,
 constexprs, options, target and Triton's version) is still true is taken over, not compiled again.
 
+:mod:`.fit` shrinks configurations that nobody has measured until they pass.
+
 Needs triton; importing this package does not import it.
 """
 

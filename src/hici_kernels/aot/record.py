@@ -88,6 +88,8 @@ def type_of(value: Any) -> str:
     """Triton's type of a launch argument."""
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
@@ -119,8 +121,8 @@ Problems = Iterator[tuple[str, tuple[Any, ...]]]
 
 
 def _thorough(entry: Entry) -> bool:
-    """Whether an entry is compiled in the rarer variants too: one head_dim and dtype stands for all."""
-    return entry.head_dim in (128, 4096) and entry.dtype == "bfloat16"
+    """Whether an entry is compiled in the rarer variants too: one dtype stands for all, and one hidden size."""
+    return entry.dtype == "bfloat16" and (entry.op.startswith("attention") or entry.head_dim == 4096)
 
 
 def _attention(entry: Entry) -> Problems:
@@ -146,6 +148,15 @@ def _attention(entry: Entry) -> Problems:
         yield "full, no slots", (*tokens(b), length, 0, *none, None, None, None, False, d**-0.5)
         cu = torch.tensor([0, length, s], dtype=torch.int32)
         yield "packed", (*tokens(1), length, 0, *prefix(1, n), None, None, cu, True, d**-0.5)
+        q, k, v = tokens(b)
+        if entry.configuration.get("TMA"):
+            # batch rows that are no whole number of token rows apart are no matrix: no descriptors
+            row = s * hkv * d
+            k, v = (empty(b, row + 16)[:, :row].unflatten(1, (s, hkv, d)) for _ in "kv")
+            q = empty(b, s * hq * d + 16)[:, : s * hq * d].unflatten(1, (s, hq, d))
+            yield "causal, slots, no descriptors", (q, k, v, length, 0, *prefix(b, n), None, None, None, True, d**-0.5)
+        if entry.op == "attention":
+            yield "one query", (q[:, -1:], k, v, 0, 0, *none, None, None, None, True, d**-0.5)
 
 
 # Tensors without memory: what is computed around the launches costs nothing.

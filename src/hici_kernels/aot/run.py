@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import tuning
-from ..tuning import AotSignature
+from ..tuning import AotSignature, Entry
 from . import REQUIRED, SPILL_LIMIT
 from .compile import compile_one, key_of, name_of, options_of
 from .plan import Task, signature_of, tasks, with_signatures
@@ -26,7 +26,7 @@ EXCEPTIONS = Path(__file__).with_name("exceptions.json")
 
 def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -> int:
     """0 if everything holds, else 1. Prints a table and, if asked to, writes the report."""
-    _require_compiler()
+    require_compiler()
     import triton
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -55,7 +55,7 @@ def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -
     return 1 if problems else 0
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
     try:
         import triton
     except ImportError as error:
@@ -65,11 +65,16 @@ def _require_compiler() -> None:
 
 
 def _compile_task(task: Task) -> dict[str, Any]:
+    return compile_signature(signature_of(task), task.entry)
+
+
+def compile_signature(signature: AotSignature, entry: Entry) -> dict[str, Any]:
+    """Compile without leaving anything behind in Triton's cache."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        return compile_one(signature_of(task), task.entry)
+        return compile_one(signature, entry)
 
 
 def distinct(plan: list[Task], version: str) -> tuple[list[Task], list[dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import textwrap
 import types
 from typing import Any
@@ -26,7 +25,8 @@ def _collect(function: Any, parts: dict[str, str]) -> None:
     name = f"{python.__module__}.{python.__qualname__}"
     if name in parts:
         return
-    source = textwrap.dedent(inspect.getsource(python))
+    # as it was read when the function was defined: the file may have changed since
+    source = textwrap.dedent("".join(function.raw_src))
     parts[name] = source
     for found_name, value in _globals(ast.parse(source), python.__globals__):
         if isinstance(getattr(value, "fn", None), types.FunctionType):

@@ -222,10 +222,16 @@ def _measure(
 
 
 def neighbours(configuration: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Configurations one step away."""
+    """Configurations one step away: of one value, or of a block and the warps that share it, which stay as busy."""
     for name, value in configuration.items():
         for other in steps(name, value):
             yield {**configuration, name: other}
+    warps = configuration.get("num_warps", 0)
+    for name in [n for n in configuration if "BLOCK" in n]:
+        for other in steps(name, configuration[name]):
+            shared = warps * other // configuration[name]
+            if shared in WARPS:
+                yield {**configuration, name: other, "num_warps": shared}
 
 
 def steps(name: str, value: int) -> list[int]:
@@ -235,6 +241,8 @@ def steps(name: str, value: int) -> list[int]:
         return [WARPS[i] for i in (at - 1, at + 1) if 0 <= i < len(WARPS)]
     if name == "num_stages":
         return [v for v in (value - 1, value + 1) if STAGES[0] <= v <= STAGES[1]]
+    if name == "TMA":
+        return [1 - value]
     low, high = BLOCKS if "BLOCK" in name else COUNTS
     return [v for v in (value // 2, value * 2) if low <= v <= high]
 

@@ -15,13 +15,13 @@ they are many. Where programs are fewer than multiprocessors and keys are long (
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import tuning
+from ...tuning import multiprocessors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -68,7 +68,8 @@ def rejects(q: Tensor, k: Tensor, **rest: Any) -> str | None:
 def column_blocks(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_E): one or two powers of two that hold head_dim, the second 0 or at least 16.
 
-    In float32 more than 128 columns are always two blocks: a product summed in one run of 256 has twice the error.
+    In float32 more than 64 columns are always two blocks: its products hold rows of both operands in registers, as many
+    numbers as a block has columns, and one summed in a single run of 256 has twice the error.
     """
     whole = max(1 << (head_dim - 1).bit_length(), 16)
     half = whole // 2
@@ -76,7 +77,7 @@ def column_blocks(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[i
     if half < 16 or rest <= 0:
         return whole, 0
     extra = max(1 << (rest - 1).bit_length(), 16)
-    return (half, extra) if extra < half or (dtype == torch.float32 and half >= 128) else (whole, 0)
+    return (half, extra) if extra < half or (dtype == torch.float32 and half >= 64) else (whole, 0)
 
 
 def packed_heads(group: int, queries: int, block: int) -> int:
@@ -96,12 +97,6 @@ def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
     if programs * 2 > multiprocessors:
         return 1
     return max(min(tiles // SPLIT_TILES, 2 * multiprocessors // max(programs, 1)), 1)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """1 for the interpreter, which runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

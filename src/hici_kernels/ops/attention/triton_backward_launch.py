@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from ... import tuning
-from ...tuning import TRITON_TYPES, AotSignature, Entry
 from .triton import descriptors, slot_strides
 from .triton_backward import grad_keys, grad_queries, query_rows
 from .triton_backward_slots import sum_segments, sum_tiles
@@ -19,18 +18,6 @@ from .triton_schedule import Cut, Tiles
 SLOTS = 16
 # Of the kernels that only move bytes: rows, tiles and segments a program has in flight.
 ROWS, TILES, SEGMENTS, COLUMNS = 32, 32, 32, 128
-
-# What the kernels' pointers point at ("x": the dtype of the call's tensors), and names of strides that are whole rows.
-POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "grad_out", "out", "dq", "dk", "dv"), "*x"),
-    **dict.fromkeys(("global_k", "global_v", "local_k", "local_v", "local_dk", "local_dv"), "*x"),
-    **dict.fromkeys(
-        ("lse", "grad_lse", "level", "delta", "parts", "global_dk", "global_dv", "each_k", "each_v"), "*fp32"
-    ),
-    **dict.fromkeys(("keep", "prefix"), "*u8"),
-    "tile_table": "*i32",
-}
-ALIGNED = ("q", "k", "v", "do", "out", "gk", "gv", "lk", "lv")
 
 
 def backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -192,8 +179,8 @@ class _Call:
         """dq; parts of the slots' gradients; the tiles those belong to and their size."""
         dq = self._empty(tuple(self.q.shape))
         config = self.configuration("attention_backward_dq")
-        tiles = self.cut.tiles(config["BLOCK_M"], reverse=self.causal)
         slots = self.global_slots + self.local_slots
+        tiles = self.cut.tiles(config["BLOCK_M"], reverse=self.causal, runs=slots > 0)
         parts = self.delta.new_empty((self.b, self.heads, tiles.count, 2, slots, self.d))
         # a tensor without elements has no memory to point at
         given = [x if x is not None and x.shape[-3] else None for x in self.inputs]
@@ -255,7 +242,7 @@ class _Call:
         if self.shared:
             each = (self.b, segments, self.global_slots, self.kv_heads, self.d)
             wanted[:2] = [parts.new_empty(each), parts.new_empty(each)]
-        names = ("tile_table", "tiles_per_segment", "first_segment", "first_query", "segment_len", "tokens")
+        names = ("tiles_per_segment", "first_segment", "first_query", "segment_len", "tokens")
         sum_tiles[(self.b * segments * self.kv_heads * slots * 2,)](
             parts,
             self.q if self.prefix is None else self.prefix,
@@ -267,6 +254,7 @@ class _Call:
             self.kv_heads,
             self.group,
             tiles.count,
+            tiles.runs,
             **{name: tiles.arguments[name] for name in names},
             **self.widths,
             SIZE=size,
@@ -297,61 +285,3 @@ def by_pointers(block: int) -> int:
 def _dense(x: Tensor) -> Tensor:
     """Kernels read any strides but that of the last dim; a gradient broadcast by autograd has stride 0 there."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def aot_signatures(entry: Entry) -> list[AotSignature]:
-    """Training without masks, and everything at once."""
-    element = TRITON_TYPES[entry.dtype]
-    widths = {"HEAD_DIM": entry.head_dim, "BLOCK_D": padded(entry.head_dim)}
-    configured = {**widths, **{k: v for k, v in entry.constexprs.items() if k != "TMA"}}
-    tma = bool(entry.configuration.get("TMA")) and widths["BLOCK_D"] == entry.head_dim
-    fused = {"FUSED": entry.dtype != "float32"}
-    absent = {"HAS_MASK": False, "PACKED": False, "tile_table": None}
-    present = {"HAS_MASK": True, "PACKED": True}
-    one_stage = {"num_warps": 4, "num_stages": 1}
-
-    def signature(
-        kernel: Any, variant: str, constexprs: dict[str, Any], options: dict[str, int], rows: int = 0
-    ) -> AotSignature:
-        described = [n for n in kernel.arg_names if n.endswith("_descriptor")]
-        if not rows:
-            constexprs = {**constexprs, **dict.fromkeys(described)}
-        types = {n: t.replace("*x", "*" + element) for n, t in POINTERS.items()}
-        types |= {"scale": "fp32", **dict.fromkeys(described, f"tensordesc<{element}[{rows}, {entry.head_dim}]>")}
-        names = [n for n in kernel.arg_names if n not in constexprs]
-        # of strides those of masks and log-sum-exps are any number, the rest whole rows
-        strides = [n for n in names if n[-2:] in ("_b", "_t", "_s", "_h", "_n") and n.split("_")[0] in ALIGNED]
-        aligned = (*(n for n in names if n in POINTERS), *(n for n in strides if "row" not in n))
-        return AotSignature(kernel, variant, {n: types.get(n, "i32") for n in names}, constexprs, aligned, options)
-
-    if entry.op == "attention_backward":
-        block = entry.configuration["BLOCK_M"]
-        keys = {**configured, **fused, "CAUSAL": True}
-        if entry.configuration.get("TMA"):
-            keys["BLOCK_M"] = by_pointers(block)
-        plain, full = {**keys, **absent, "RECURRENT": False}, {**keys, **present, "RECURRENT": True}
-        rows = {**widths, **fused, "BLOCK_M": ROWS, "HAS_LSE_GRADIENT": True}
-        found = [
-            signature(grad_keys, "causal", plain, {}),
-            signature(grad_keys, "packed documents, recurrence, masks", full, {}),
-            signature(query_rows, "", rows, one_stage),
-        ]
-        if tma:
-            found.append(signature(grad_keys, "causal, descriptors", {**plain, "BLOCK_M": block}, {}, block))
-        return found
-    if entry.op == "attention_backward_dq":
-        queries = {**configured, **fused, "CAUSAL": True, "SLOTS": SLOTS, "HAS_GLOBAL": True, "HAS_LOCAL": True}
-        plain, full = {**queries, **absent, "HAS_PREFIX": False}, {**queries, **present, "HAS_PREFIX": True}
-        size = entry.configuration["BLOCK_M"]
-        parts = {**widths, "SIZE": size, "TILES": TILES, "REVERSE": True, "HAS_PREFIX": True, "PACKED": True}
-        found = [
-            signature(grad_queries, "causal, slots", plain, {}),
-            signature(grad_queries, "packed documents, all masks", full, {}),
-            signature(sum_tiles, "", parts, one_stage),
-            signature(sum_segments, "", {"BLOCK": COLUMNS, "SEGMENTS": SEGMENTS}, one_stage),
-        ]
-        if tma:
-            blocks = entry.configuration["BLOCK_N"]
-            found.append(signature(grad_queries, "causal, slots, descriptors", plain, {}, blocks))
-        return found
-    return []

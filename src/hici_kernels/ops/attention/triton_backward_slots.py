@@ -10,54 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_schedule import COLUMNS
-
-# Rounds of a binary search over the largest number of tiles.
-ROUNDS = tl.constexpr(31)
-
-
-@triton.jit
-def first_tile_from(table, count, segment):
-    """The first of ``count`` tiles that lies in ``segment`` or a later one; surplus tiles come last."""
-    low = 0
-    high = count
-    for _ in range(0, ROUNDS):
-        middle = low + (high - low) // 2
-        row = table + tl.minimum(middle, count - 1).to(tl.int64) * COLUMNS
-        later = (tl.load(row) >= segment) | (tl.load(row + 1) >= tl.load(row + 3))
-        searching = low < high
-        low = tl.where(searching & (later == 0), middle + 1, low)
-        high = tl.where(searching & later, middle, high)
-    return low
-
-
-@triton.jit
-def tiles_of(
-    segment,
-    tile_table,
-    count,
-    tiles_per_segment,
-    first_segment,
-    first_query,
-    segment_len,
-    tokens,
-    SIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """[begin, end): the query tiles of a segment, those that do not exist left out."""
-    if PACKED:
-        begin = first_tile_from(tile_table, count, segment)
-        end = first_tile_from(tile_table, count, segment + 1)
-    else:
-        start = segment * segment_len
-        stop = tl.minimum(start + segment_len, tokens)
-        existing = tl.cdiv(tl.maximum(stop - tl.maximum(start, first_query), 0), SIZE)
-        begin = tl.maximum(segment - first_segment, 0) * tiles_per_segment
-        if REVERSE:
-            begin += tiles_per_segment - existing
-        end = begin + existing
-    return begin, end
+from .triton_schedule import tiles_of
 
 
 @triton.jit
@@ -76,7 +29,7 @@ def sum_tiles(
     kv_heads,
     group,
     count,
-    tile_table,
+    runs,
     tiles_per_segment,
     first_segment,
     first_query,
@@ -101,8 +54,7 @@ def sum_tiles(
     b = (bn // segments).to(tl.int64)
     begin, end = tiles_of(
         segment,
-        tile_table,
-        count,
+        runs,
         tiles_per_segment,
         first_segment,
         first_query,

@@ -19,7 +19,7 @@ def weights(scores, level, factor, FUSED: tl.constexpr):
     """
     if FUSED:
         return tl.exp2(scores * factor - level)
-    return tl.exp2(tl.minimum(scores * factor - level, 0.0) * LOG2E)
+    return tl.exp(tl.minimum(scores * factor - level, 0.0))
 
 
 @triton.jit

@@ -10,8 +10,8 @@ stop``: there is none).
 A tile is a run of at most ``size`` positions of one segment: queries in the forward and for dQ (``queries=True``: only
 positions from first_query on are cut, counted from the first of them), keys for dK and dV. Tiles are numbered by
 segment, and within a segment from its start, or from its end (``reverse``: causal queries near the end see most, and
-the longest work should start first). Per-segment results (gradients of slots) are summed over tiles
-[first tile, + tiles of the segment) in that order: see :attr:`Tiles.per_segment`.
+the longest work should start first). Per-segment results (gradients of slots) are summed over the segment's tiles in
+that order: :func:`tiles_of`.
 
     cut = Cut.of(q, k, segment_len, recurrence_len, cu_seqlens, slots)      segments; nothing is launched
     tiles = cut.tiles(size)                                                 one small kernel if packed, else nothing
@@ -54,6 +54,7 @@ class Tiles:
         count: programs to launch along the tile axis; a bound if packed.
         per_segment: tiles of a full segment. Unpacked: tile x lies in segment ``first_segment + x // per_segment``.
         table: int32 [count, 8] if packed, else None.
+        runs: int32 [segments, 2], the tiles [begin, end) of each segment, if packed and asked for, else None.
         arguments: what :func:`tile_of` takes, by the names of its parameters.
     """
 
@@ -61,6 +62,7 @@ class Tiles:
     per_segment: int
     first_segment: int
     table: Tensor | None
+    runs: Tensor | None
     arguments: dict[str, Any]
 
 
@@ -112,25 +114,28 @@ class Cut:
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
-    def tiles(self, size: int, *, queries: bool = True, reverse: bool = True) -> Tiles:
+    def tiles(self, size: int, *, queries: bool = True, reverse: bool = True, runs: bool = False) -> Tiles:
         """Cut into tiles of ``size`` positions: of the queries, or (``queries=False``) of all tokens.
 
-        ``reverse`` must be what the kernel passes to :func:`tile_of` as REVERSE.
+        ``reverse`` must be what the kernel passes to :func:`tile_of` as REVERSE; ``runs``: for :func:`tiles_of`.
         """
         first = self.first_query if queries else 0
         if self.cu_seqlens is None:
             first_segment = first // self.segment_len
             per_segment = -(-min(self.tokens - first, self.segment_len) // size)
             count = (self.segments - first_segment) * per_segment
-            return self._tiles(count, per_segment, first_segment, first, None)
+            return self._tiles(count, per_segment, first_segment, first, None, None)
         per_segment = -(-self.segment_len // size)
         # a segment has at most one tile that is not full, and none has more tiles than a full one
         count = min(self.segments * per_segment, self.tokens // size + self.segments)
         table = torch.empty(count, COLUMNS.value, dtype=torch.int32, device=self.cu_seqlens.device)
+        # a segment that does not exist has none
+        found = table.new_zeros(self.segments, 2) if runs else None
         if count:
             place_tiles[(triton.cdiv(count, BLOCK_TILES),)](
                 self.cu_seqlens,
                 table,
+                found,
                 self.cu_seqlens.shape[0] - 1,
                 count,
                 self.tokens,
@@ -144,9 +149,17 @@ class Cut:
                 TILES=BLOCK_TILES,
                 num_warps=4,
             )
-        return self._tiles(count, per_segment, 0, 0, table)
+        return self._tiles(count, per_segment, 0, 0, table, found)
 
-    def _tiles(self, count: int, per_segment: int, first_segment: int, first: int, table: Tensor | None) -> Tiles:
+    def _tiles(
+        self,
+        count: int,
+        per_segment: int,
+        first_segment: int,
+        first: int,
+        table: Tensor | None,
+        runs: Tensor | None,
+    ) -> Tiles:
         arguments = {
             "tile_table": table,
             "tiles_per_segment": per_segment,
@@ -156,7 +169,7 @@ class Cut:
             "recurrence_len": self.recurrence_len,
             "tokens": self.tokens,
         }
-        return Tiles(count, per_segment, first_segment, table, arguments)
+        return Tiles(count, per_segment, first_segment, table, runs, arguments)
 
 
 @triton.jit
@@ -196,9 +209,38 @@ def tile_of(
 
 
 @triton.jit
+def tiles_of(
+    segment,
+    runs,
+    tiles_per_segment,
+    first_segment,
+    first_query,
+    segment_len,
+    tokens,
+    SIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """[begin, end): the query tiles of a segment, those that do not exist left out."""
+    if PACKED:
+        begin = tl.load(runs + segment * 2)
+        end = tl.load(runs + segment * 2 + 1)
+    else:
+        start = segment * segment_len
+        stop = tl.minimum(start + segment_len, tokens)
+        existing = tl.cdiv(tl.maximum(stop - tl.maximum(start, first_query), 0), SIZE)
+        begin = tl.maximum(segment - first_segment, 0) * tiles_per_segment
+        if REVERSE:
+            begin += tiles_per_segment - existing
+        end = begin + existing
+    return begin, end
+
+
+@triton.jit
 def place_tiles(
     cu_seqlens,
     table,
+    runs,
     documents,
     count,
     tokens,
@@ -211,7 +253,7 @@ def place_tiles(
     DOCUMENTS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """table [count, 8]: the tiles of packed documents, from running sums over the documents."""
+    """table [count, 8] and, where given, runs [segments, 2]: tiles of packed documents, by running sums over those."""
     x = tl.program_id(0) * TILES + tl.arange(0, TILES)
     d = tl.arange(0, DOCUMENTS)
     # of the documents that end at or before tile x: how many tiles and segments they have, and where the last one ends
@@ -251,12 +293,17 @@ def place_tiles(
     segment = segments_before + number
     start = begin + number * segment_len
     stop = tl.minimum(start + segment_len, end)
+    tiles = tl.cdiv(stop - start, SIZE)
+    valid = (known > 0) & (segment < segments)
+    if runs is not None:
+        opens = valid & (inside == 0) & (x < count)
+        tl.store(runs + segment * 2, x, mask=opens)
+        tl.store(runs + segment * 2 + 1, tl.minimum(x + tiles, count), mask=opens)
     if REVERSE:
-        inside = tl.cdiv(stop - start, SIZE) - 1 - inside
+        inside = tiles - 1 - inside
     first = start + inside * SIZE
     back = tl.where(number > 0, recurrence_len, 0)
     reach = tl.where(recurrence_len > 0, tl.minimum(stop + segment_len, end), stop)
-    valid = (known > 0) & (segment < segments)
     row = table + x.to(tl.int64) * COLUMNS
     stored = x < count
     tl.store(row, tl.where(valid, segment, 0), mask=stored)
