@@ -1,4 +1,5 @@
-// The two arguments every native operation ends with: the path (csrc/cpu/isa.h) and the number of threads.
+// The two arguments every native operation ends with: the path (csrc/cpu/isa.h) and the number of threads. A negative
+// number of threads: small calls too take the kernels of large ones.
 #pragma once
 
 #include "../cpu/isa.h"
@@ -17,8 +18,9 @@ inline cpu::Isa checked_path(int64_t path) {
 }
 
 inline cpu::Execution checked_execution(int64_t threads) {
-  if (threads < 1 || threads > 65536) TVM_FFI_THROW(ValueError) << "threads must be 1 to 65536, got " << threads;
-  return cpu::Execution{static_cast<int>(threads)};
+  const int64_t count = threads < 0 ? -threads : threads;
+  if (count < 1 || count > 65536) TVM_FFI_THROW(ValueError) << "threads must be 1 to 65536, got " << threads;
+  return cpu::Execution{static_cast<int>(count), threads > 0};
 }
 
 }  // namespace hici::bindings

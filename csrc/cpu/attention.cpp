@@ -98,7 +98,7 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
     std::memset(out, 0, written);
     std::fill_n(lse, problem.batch * problem.heads * problem.queries, -__builtin_inff());
   };
-  if (direct_work(problem) <= kDirectWork) {
+  if (execution.direct && direct_work(problem) <= kDirectWork) {
     const DirectPath path = direct_path(isa);
     const Memory scratch(path.scratch(problem, false));
     if (ranks.some_masked()) clear();
@@ -131,7 +131,7 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
                         Isa isa, Execution execution) {
   const Ranks ranks(given, cut);
   const AttentionProblem problem = ranks.problem();
-  if (2.5 * direct_work(problem) <= kDirectWork && gradient_elements(problem) <= kDirectElements) {
+  if (execution.direct && 2.5 * direct_work(problem) <= kDirectWork && gradient_elements(problem) <= kDirectElements) {
     const DirectPath path = direct_path(isa);
     const Memory scratch(path.scratch(problem, true));
     // of masked tokens

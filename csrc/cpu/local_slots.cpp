@@ -203,7 +203,7 @@ void local_slots_forward(const LocalSlotsProblem& given, const LocalSlotsCut& cu
   const auto clear = [&] {
     std::memset(out, 0, given.batch * given.segment_total * given.slots * given.width * element_size(given.element));
   };
-  if (plan.direct_work() <= kDirectWork) {
+  if (execution.direct && plan.direct_work() <= kDirectWork) {
     const LocalSlotsDirect direct = direct_of(isa);
     const Memory scratch(direct.scratch(plan.problem(), plan.longest(), false));
     if (some_zero) clear();
@@ -234,7 +234,7 @@ void local_slots_backward(const LocalSlotsProblem& given, const LocalSlotsCut& c
   const auto clear = [&] {
     std::memset(gradients.hidden, 0, given.batch * given.length * given.channels * size);
   };
-  if (2.5 * plan.direct_work() <= kDirectWork) {
+  if (execution.direct && 2.5 * plan.direct_work() <= kDirectWork) {
     const LocalSlotsDirect direct = direct_of(isa);
     const Memory scratch(direct.scratch(plan.problem(), plan.longest(), true));
     if (plan.some_masked()) clear();

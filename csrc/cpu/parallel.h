@@ -9,9 +9,10 @@
 
 namespace hici::cpu {
 
-// How a call may use the machine. Results never depend on it.
+// How a call may use the machine. Results never depend on the number of threads.
 struct Execution {
   int threads = 1;
+  bool direct = true;  // small calls are computed directly, in double, where the operation can
 };
 
 // Calls body(context, worker) for worker = 0..threads-1, at the same time where possible, and returns when all are

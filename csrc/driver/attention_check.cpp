@@ -121,7 +121,7 @@ class Call {
   };
   void poison();
   void expect(std::vector<double>& out, std::vector<double>& lse, Sums& sums);
-  Written run(cpu::Isa isa, int threads) const;
+  Written run(cpu::Isa isa, cpu::Execution execution) const;
   bool token(int64_t b, int64_t column) const {
     return !shape_.masked || mask_[static_cast<size_t>(b * mask_row_ + column * 2)];
   }
@@ -235,7 +235,7 @@ Call<T>::Call(Random& random, const Shape& shape) : shape_(shape) {
   };
   if (s.global) p.global = describe(*global_k_, *global_v_, s.global, s.global_per_segment);
   if (s.local) p.local = describe(*local_k_, *local_v_, s.local, true);
-  p.causal = s.causal, p.scale = static_cast<float>(scale_);
+  p.causal = s.causal, p.scale = scale_;
   scale_ = p.scale;
   poison();
 }
@@ -358,14 +358,13 @@ void Call<T>::expect(std::vector<double>& out, std::vector<double>& lse, Sums& s
 }
 
 template <class T>
-typename Call<T>::Written Call<T>::run(cpu::Isa isa, int threads) const {
+typename Call<T>::Written Call<T>::run(cpu::Isa isa, cpu::Execution execution) const {
   const int64_t size = shape_.dim * static_cast<int64_t>(sizeof(T));
   const auto rows = [&](int64_t n) { return std::make_unique<Exact>(n * size); };
   Written w{rows(rows_q()),      std::make_unique<Exact>(rows_q() * 4), rows(rows_q()),     rows(rows_k()),
             rows(rows_k()),      rows(rows_global()),                   rows(rows_global()), rows(rows_local()),
             rows(rows_local())};
   float* const lse = static_cast<float*>(w.lse->data());
-  const cpu::Execution execution{threads};
   cpu::attention_forward(problem_, cut_, w.out->data(), lse, isa, execution);
   const AttentionGradients gradients{w.q->data(),
                                      w.k->data(),
@@ -386,7 +385,8 @@ void Call<T>::check(cpu::Isa isa, Random& random) {
   std::vector<double> out, lse;
   Sums sums;
   expect(out, lse, sums);
-  const Written found = run(isa, 1), again = run(isa, static_cast<int>(random.within(2, 4)));
+  const bool direct = random.chance(0.3);
+  const Written found = run(isa, {1, direct}), again = run(isa, {static_cast<int>(random.within(2, 4)), direct});
   const auto describe = [&](const char* what, int64_t at, double x, double y) {
     fail("attention on %s, %d-byte elements: %s at %lld is %g, expected %g: batch %lld, %lld queries of %lld keys, "
          "%lld heads on %lld, dim %lld, segments of %lld, recurrence %lld, slots %lld (%s) + %lld, causal %d, packed %d, "

@@ -40,6 +40,7 @@ int main(int argc, char** argv) {
   const Check checks[] = {
       {"foundation", check_foundation},
       {"attention", hici::driver::check_attention},
+      {"local_slots", hici::driver::check_local_slots},
       {"global_stats", hici::driver::check_global_stats},
       {"merge_attention", hici::driver::check_merge_attention},
   };
@@ -53,6 +54,6 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
       ++run;
     }
-  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | global_stats | merge_attention]");
+  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention]");
   return 0;
 }

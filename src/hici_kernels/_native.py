@@ -19,7 +19,7 @@ import torch
 
 PATH = Path(__file__).with_name("libhici_native.so")
 FASTEST = -1
-_forced = contextvars.ContextVar("hici_native_path", default=FASTEST)
+_forced = contextvars.ContextVar("hici_native_path", default=(FASTEST, True))
 
 COST = "CPU tensors are served by the slower PyTorch reference"
 
@@ -66,15 +66,19 @@ def paths() -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def path(name: str) -> Iterator[None]:
+def path(name: str, *, direct: bool = True) -> Iterator[None]:
     """Serve the calls inside by one named path instead of the fastest.
+
+    Args:
+        name: one of :func:`paths`.
+        direct: False = small calls too take the kernels of large ones, instead of being computed directly in float64.
 
     Raises:
         ValueError: if this processor does not run it.
     """
     if name not in paths():
         raise ValueError(f"name must be one of {', '.join(map(repr, paths())) or 'none on this machine'}, got {name!r}")
-    token = _forced.set(paths()[name])
+    token = _forced.set((paths()[name], direct))
     try:
         yield
     finally:
@@ -82,8 +86,10 @@ def path(name: str) -> Iterator[None]:
 
 
 def execution() -> tuple[int, int]:
-    """(path, threads): the last two arguments of native operations. Results never depend on the second."""
-    return _forced.get(), torch.get_num_threads()
+    """(path, threads): the last two arguments of native operations. Results never depend on the number of threads;
+    a negative one says that no call is computed directly."""
+    number, direct = _forced.get()
+    return number, torch.get_num_threads() if direct else -torch.get_num_threads()
 
 
 def _missing() -> str | None:

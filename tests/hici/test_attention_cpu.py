@@ -227,11 +227,11 @@ def assert_budgets(truth: Results, found: Results, plain: Results, what: str) ->
     assert not over, f"{what}: error / budget is {over}"
 
 
-def check(seed: int, path: str, c: Case, truth: Results, plain: Results) -> None:
-    with _native.path(path):
+def check(seed: int, path: str, direct: bool, c: Case, truth: Results, plain: Results) -> None:
+    with _native.path(path, direct=direct):
         found = run(c.tensors, c.options, "cpu", seed)
     sizes = {name: tuple(x.shape) for name, x in c.tensors.items()}
-    what = f"seed {seed} on {path}, {sorted(c.features)} {sizes} {c.options}"
+    what = f"seed {seed} on {path}, direct {direct}, {sorted(c.features)} {sizes} {c.options}"
     blind = (truth.lse == -torch.inf).transpose(1, 2)
     assert not found.out[blind].any() and not found.gradients["q"][blind].any(), what
     for name, at in c.hidden.items():
@@ -243,12 +243,13 @@ def check(seed: int, path: str, c: Case, truth: Results, plain: Results) -> None
     for draw in range(9):
         c = case(seed, draw)
         truth, plain = references(c.tensors, c.options, seed + draw)
-        with _native.path(path):
+        with _native.path(path, direct=direct):
             draws.append(excess(truth, run(c.tensors, c.options, "cpu", seed + draw), plain))
-    assert_usual([{name: d[name] for name in over} for d in draws], what)
+    # small calls are not served by packed kernels: there, roundings that nothing averages out may cost a little more
+    assert_usual([{name: d[name] for name in over} for d in draws], what, 1 if direct else 1.5)
 
 
-def assert_usual(draws: list[dict[str, float]], what: str) -> None:
+def assert_usual(draws: list[dict[str, float]], what: str, most: float = 1) -> None:
     """The budget holds in the usual draw.
 
     The largest error of a few numbers, the reference's as much as ours, is luck: in one draw of values of a hundred the
@@ -256,7 +257,9 @@ def assert_usual(draws: list[dict[str, float]], what: str) -> None:
     """
     for name in draws[0]:
         ratios = sorted(d[name] for d in draws)
-        assert statistics.median(ratios) <= 1 and ratios[-1] < 10, f"{what}: {name}: error / budget of draws {ratios}"
+        assert statistics.median(ratios) <= most and ratios[-1] < 10, (
+            f"{what}: {name}: error / budget of draws {ratios}"
+        )
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -265,7 +268,8 @@ def test_error_is_within_the_budget(chunk: int) -> None:
         c = case(seed)
         truth, plain = references(c.tensors, c.options, seed)
         for path in PATHS:
-            check(seed, path, c, truth, plain)
+            for direct in (False, True):
+                check(seed, path, direct, c, truth, plain)
 
 
 @each_path
@@ -403,7 +407,7 @@ def test_one_long_segment(dtype: torch.dtype, t: int, kind: str) -> None:
     mask = torch.ones(1, s)
     mask[:, 2000:6500] = 0
     options = {"plain": {}, "holes": {"attention_mask": mask}, "full": {"causal": False}}[kind]
-    for seed in range(5 if t == 3 else 2):
+    for seed in range(5):
         g = torch.Generator().manual_seed(100 * t + seed)
         q, k, v = (torch.randn(x, generator=g).to(dtype) for x in ((1, t, 2, 32), (1, s, 1, 32), (1, s, 1, 32)))
         k[:, 5000:5003] *= 4  # some partial sums are negligible beside others

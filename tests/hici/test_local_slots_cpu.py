@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from hici_kernels import _native, local_slots, segments
 from hici_kernels.errors import ImplError
-from hici_kernels.testing import assert_within_budget
-from hici_kernels.testing.tolerance import error
+from hici_kernels.testing import assert_within_budget, budget, error
 
 pytestmark = pytest.mark.skipif(_native.status() is not None, reason=str(_native.status()))
 
@@ -101,20 +100,20 @@ def reordered(tensors, options, weights):
     return [*found[:1], found[1][..., channels.argsort()], found[2], *(x[:, channels.argsort()] for x in found[3:])]
 
 
-def check(tensors, options):
+def check(tensors, options, times=1.0):
     weights = weights_for(tensors, options)
-    found = results(native, tensors, options, weights)
+    got = results(native, tensors, options, weights)
     expected = results(reference, [x.double() for x in tensors], options, weights.double())
     draws = [results(plain, tensors, options, weights), *(reordered(tensors, options, weights) for _ in range(3))]
-    for name, a, b, *usual in zip(NAMES, found, expected, *draws, strict=True):
+    for name, a, b, *usual in zip(NAMES, got, expected, *draws, strict=True):
         assert a.dtype == tensors[0].dtype and a.shape == b.shape
         if b.numel():
             worst = max(usual, key=lambda x, b=b: error(b, x))
-            assert_within_budget(b, a, worst, f"{name} {options} {[tuple(x.shape) for x in tensors]}")
-    return found
+            found, allowed = error(b, a), times * budget(b, worst, a.dtype)
+            assert found <= allowed, f"{name} {options} {[tuple(x.shape) for x in tensors]}: {found} over {allowed}"
+    return got
 
 
-@pytest.mark.xfail(reason="known gap: about 1 in 300 float32 gradients exceeds the budget of one draw", strict=False)
 @settings(max_examples=240, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_random_calls(seed):
@@ -141,8 +140,12 @@ def test_random_calls(seed):
         cu_seqlens=random_offsets(rng, length, rng.randint(1, 4)) if packed else None,
         empty=rng.choice(["zero", "uniform"]),
     )
-    with _native.path(rng.choice(PATHS)):
+    path = rng.choice(PATHS)
+    with _native.path(path):
         check(tensors, options)
+    # small calls are not served by packed kernels: there, roundings that nothing averages out may cost more
+    with _native.path(path, direct=False):
+        check(tensors, options, 2.0)
 
 
 @pytest.mark.parametrize("form", FORMS)
