@@ -1,5 +1,7 @@
 """Without gradients CPU operations go past the dispatcher, unless somebody watches or changes calls."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,7 @@ class Seen(TorchDispatchMode):
 class Tagged(torch.Tensor):
     """A subclass that counts the operations it meets."""
 
-    met: list = []
+    met: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, x):
