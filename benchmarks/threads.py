@@ -1,6 +1,6 @@
 """Borrowed threads against own ones: `attention` alone, and right after a matrix product of torch.
 
-    cmake -S . -B build/own -DHICI_OUTPUT=build/own -DCMAKE_CXX_FLAGS=-DHICI_OWN_THREADS && cmake --build build/own
+    cmake -S . -B build/own -DHICI_OUTPUT=$PWD/build/own -DCMAKE_CXX_FLAGS=-DHICI_OWN_THREADS && cmake --build build/own
     python benchmarks/threads.py                              # threads of torch's OpenMP runtime
     python benchmarks/threads.py build/own/libhici_native.so  # threads of our own
 
