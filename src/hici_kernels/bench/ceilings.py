@@ -65,6 +65,17 @@ def product_rate(ceilings: dict[str, Any], dtype: torch.dtype) -> float:
     return float(native or ceilings["matmul_flops"][str(dtype)])
 
 
+def product_loop(ceilings: dict[str, Any], dtype: torch.dtype, seconds: float) -> tuple[Callable[[], float], float] | None:
+    """The native loop behind :func:`product_rate` that takes about ``seconds``, and its FLOPs; None where none is."""
+    work = "bfloat16" if dtype == torch.bfloat16 and ceilings.get("bfloat16_flops") else "fma"
+    if dtype == torch.float64 or not ceilings.get("fma_flops"):
+        return None
+    where, loop, rounds = _native.execution(), _native.library().ceiling_loop, 1000
+    each = loop(work, rounds, *where) / rounds
+    rounds = max(1, round(seconds * product_rate(ceilings, dtype) / each))
+    return functools.partial(loop, work, rounds, *where), each * rounds
+
+
 def least_seconds(ceilings: dict[str, Any], dtype: torch.dtype, flops: float, exps: float, size: float) -> float:
     """The roofline: products and exponentials share the vector units, tiles work beside them; memory beside both."""
     products = flops / product_rate(ceilings, dtype)

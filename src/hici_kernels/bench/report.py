@@ -46,6 +46,8 @@ def show_rows(console: Console, rows: list[dict[str, Any]]) -> None:
             title += f", {row['exps'] / 1e9:.3g} G exponentials"
         if row["checked"] != "everything":
             title += f"\nchecked: {row['checked']}"
+        if row.get("steady_products_per_s"):
+            title += f"\nproducts between the calls: {row['steady_products_per_s'] / 1e9:.0f} GFLOP/s (median)"
         if row["served_by"]:
             title += "\nserved by: " + ", ".join(f"{op} {name}" for op, name in row["served_by"].items())
         against = f"x {row['against']}"

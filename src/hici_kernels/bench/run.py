@@ -13,7 +13,7 @@ from .. import _dispatch
 from ..errors import ImplError
 from ..testing import budget, error
 from .case import FASTEST, PLAIN, Baseline, Case, Inputs, Outputs, Part, weights, with_gradients
-from .ceilings import least_seconds, product_rate
+from .ceilings import least_seconds, product_loop, product_rate
 from .machine import spread
 from .memory import peak_bytes, resident_growth
 
@@ -22,6 +22,10 @@ SHORTEST = 2e-3
 # Sides that no conclusion rests on are timed in fewer rounds once a call takes this long, and once where it takes very
 # long; neither is a long call repeated for its allocator's record.
 LONG, FEW, VERY_LONG = 1.0, 3, 8.0
+# Beside calls of this length the ceiling is measured again in every round, for so long: over minutes a machine that is
+# shared with others, or grows warm, is not the one whose best 20 ms are known.
+STEADY, STEADY_LOOP = 0.25, 0.3
+CEILING = "product ceiling"
 
 Work = Callable[[Inputs], Outputs]
 
@@ -60,7 +64,7 @@ def _measure(
         if baseline.backward or not backward:
             sides[name] = {"correct": None, "other_work": True, "note": baseline.note}
             runnable[name] = _prepared(baseline, inputs, backward)
-    _time(case, sides, runnable, known, rounds, ceilings, backward)
+    steady = _time(case, sides, runnable, known, rounds, ceilings, backward)
     return {
         "op": case.op,
         "case": case.name,
@@ -70,6 +74,7 @@ def _measure(
         "flops": _flops(case, backward),
         "bytes": case.bytes,
         "exps": case.exps,
+        "steady_products_per_s": steady,
         "against": case.against,
         "checked": "everything" if case.part is None else case.part.note,
         "served_by": {op: _first(op) for op in case.needs},
@@ -189,8 +194,8 @@ def _time(
     rounds: int,
     ceilings: dict[str, Any],
     backward: bool,
-) -> None:
-    """Fill in speeds and memory of the sides that may have them."""
+) -> float | None:
+    """Fill in speeds and memory of the sides that may have them; the median of the ceiling between them, if taken."""
     aside = {n for n in runnable if n != case.against and (n == "reference" or n in (PLAIN, *case.baselines))}
     if not case.judged:
         aside = set(runnable)
@@ -201,16 +206,24 @@ def _time(
             began = time.perf_counter()
             sides[name]["resident_bytes"] = resident_growth(call)[1]
             known[name] = time.perf_counter() - began
-    for name, times in alternate(runnable, rounds, aside, known).items():
+    loop = None
+    if case.judged and max((s for n, s in known.items() if n not in aside), default=0.0) > STEADY:
+        loop = product_loop(ceilings, case.dtype, STEADY_LOOP)
+    between = {} if loop is None else {CEILING: loop[0]}
+    measured = alternate(runnable | between, rounds, aside, known)
+    steady = None if loop is None else loop[1] / spread(measured.pop(CEILING))["median_s"]
+    for name, times in measured.items():
         side = sides[name]
         side |= spread(times) | {"rounds": len(times)}
         if not side.get("other_work"):
             side |= rates(side["median_s"], case, ceilings, backward)
+            side["steady_share"] = None if steady is None else side["flops_per_s"] / steady
         side["peak_bytes"] = peak_bytes(runnable[name]) if side["median_s"] < LONG else None
     compared = sides.get(case.against, {}).get("median_s")
     for side in sides.values():
         if "median_s" in side and compared:
             side["speedup"] = compared / side["median_s"]
+    return steady
 
 
 def alternate(
