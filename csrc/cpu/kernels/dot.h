@@ -33,9 +33,17 @@ inline Vec sums_of(const Vec a[8]) {
 }
 #endif
 
-// Lane i: q . rows[i].
+// Asks for the line at element `at` of rows [0, count): a few between products, since a burst of them waits for its turn
+// and the products with it.
 template <class T>
-inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d) {
+inline void ask_for_lines(const T* const* rows, int64_t count, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows[i] + at, 0, 3);
+}
+
+// Lane i: q . rows[i]. `ahead`: rows [0, ahead_count) that are wanted next.
+template <class T>
+inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d, const T* const* ahead = nullptr,
+                         int64_t ahead_count = 0) {
   Vec sum[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sum[i] = zeros();
@@ -43,6 +51,7 @@ inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d) {
 #if defined(HICI_PATH_AVX512_BF16)
   if constexpr (sizeof(T) == 2 && __is_same(T, bfloat16)) {
     for (; at + 32 <= d; at += 32) {
+      ask_for_lines(ahead, ahead_count, at);
       const __m512bh left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(q + at));
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
@@ -51,6 +60,7 @@ inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d) {
   }
 #endif
   for (; at + kLanes <= d; at += kLanes) {
+    ask_for_lines(ahead, ahead_count, at);
     const Vec left = widen(q + at);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) sum[i] = fma(left, widen(rows[i] + at), sum[i]);
@@ -64,9 +74,12 @@ inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d) {
 
 // out[i] = q . rows[i] for i < n; out has room for round_up(n, kLanes). rows likewise; those past n are set.
 template <class T>
-inline void dots(const T* q, const T** rows, int64_t n, int64_t d, float* out) {
+inline void dots(const T* q, const T** rows, int64_t n, int64_t d, float* out, const T* const* ahead = nullptr,
+                 int64_t ahead_count = 0) {
   for (int64_t i = n; i < round_up(n, kLanes); ++i) rows[i] = rows[n - 1];
-  for (int64_t i = 0; i < n; i += kLanes) store(out + i, dots_of_lanes(q, rows + i, d));
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(out + i, i < ahead_count ? dots_of_lanes(q, rows + i, d, ahead + i, smaller(kLanes, ahead_count - i))
+                                   : dots_of_lanes(q, rows + i, d));
 }
 
 }  // namespace hici::cpu::HICI_PATH

@@ -196,7 +196,8 @@ struct Many {
 
 // o[r] += sum_j p[r][j] v[j] for R rows
 template <int R, class T>
-inline void weigh(float* const* o, const float* const* p, const T* const* v, int64_t n, int64_t d) {
+inline void weigh(float* const* o, const float* const* p, const T* const* v, int64_t n, int64_t d,
+                  const T* const* ahead = nullptr, int64_t ahead_count = 0) {
   constexpr int kVectors = R >= 4 ? 4 : 8;
   int64_t at = 0;
   for (; at + kVectors * kLanes <= d; at += kVectors * kLanes) {
@@ -209,6 +210,8 @@ inline void weigh(float* const* o, const float* const* p, const T* const* v, int
       Vec w[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) w[r] = splat(p[r][j]);
+      if (j < ahead_count)
+        for (int i = 0; i < kVectors * kLanes; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(ahead[j] + at + i, 0, 3);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         const Vec x = widen(v[j] + at + i * kLanes);
@@ -235,63 +238,60 @@ inline void weigh(float* const* o, const float* const* p, const T* const* v, int
   }
 }
 
+// Runs between the one attended and the one asked for: what lies apart in memory comes late.
+constexpr int64_t kAhead = 1;
+
 template <class T>
 struct Few {
   const RunList& list;
   int64_t width;
   float *s, *p;
   Sums sums;
-  const T **k_rows, **v_rows, **next_k, **next_v;
+  const T **k_rows[kAhead + 1], **v_rows[kAhead + 1];  // of the run attended and the following, in turn
 
   Few(const RunList& l, Carve& carve) : list(l), width(round_up(l.dim, kLanes)) {
     s = carve.take<float>(kRunTokens);
     p = carve.take<float>(kFewRows * kRunTokens);
     sums = {carve.take<float>(kFewRows * width), carve.take<float>(kFewRows * kLanes), carve.take<float>(kFewRows), width};
-    k_rows = carve.take<const T*>(kRunTokens + 32);
-    v_rows = carve.take<const T*>(kRunTokens + 32);
-    next_k = carve.take<const T*>(kRunTokens + 32);
-    next_v = carve.take<const T*>(kRunTokens + 32);
+    for (const T**& rows : k_rows) rows = carve.take<const T*>(kRunTokens + 32);
+    for (const T**& rows : v_rows) rows = carve.take<const T*>(kRunTokens + 32);
   }
 
-  void attend(const Run& run, const Run* following) {
+  void attend(const Run& run, const T** k, const T** v, const T** next_k, const T** next_v, int64_t ahead) const {
     const int64_t n = run.count;
     const int32_t* const ids = list.row_ids + run.rows_begin;
-    int64_t ahead = 0;
-    if (following) {
-      point(list, *following, next_k, next_v);
-      ahead = following->count;
-    }
     const Vec scale = splat(list.scale);
     const bool causal = seen_of(list, run, ids[0]) < n;
     float* o[kFewRows];
     const float* weights[kFewRows];
-    ask_for(next_k, 0, ahead, ahead, list.dim);
     for (int64_t i = 0; i < run.rows_count; ++i) {
       const int64_t seen = causal ? seen_of(list, run, ids[i]) : n;
       o[i] = sums.o + ids[i] * width, weights[i] = p + i * kRunTokens;
       if (seen == 0) continue;
-      dots(static_cast<const T*>(list.q[ids[i]]), k_rows, seen, list.dim, s);
+      dots(static_cast<const T*>(list.q[ids[i]]), k, seen, list.dim, s, next_k, i == 0 ? ahead : 0);
       sums.soften(ids[i], s, seen, scale, p + i * kRunTokens);
       if (causal) {
-        weigh<1>(o + i, weights + i, v_rows, seen, list.dim);
-        point(list, run, k_rows, v_rows);  // dots() has filled up its last vector of rows
+        weigh<1>(o + i, weights + i, v, seen, list.dim, next_v, i == 0 ? ahead : 0);
+        point(list, run, k, v);  // dots() has filled up its last vector of rows
       }
     }
-    ask_for(next_v, 0, ahead, ahead, list.dim);
-    if (!causal) {
-      int64_t i = 0;
-      for (; i + 4 <= run.rows_count; i += 4) weigh<4>(o + i, weights + i, v_rows, n, list.dim);
-      if (i + 2 <= run.rows_count) weigh<2>(o + i, weights + i, v_rows, n, list.dim), i += 2;
-      if (i < run.rows_count) weigh<1>(o + i, weights + i, v_rows, n, list.dim);
-    }
-    swap(k_rows, next_k);
-    swap(v_rows, next_v);
+    if (causal) return;
+    int64_t i = 0;
+    for (; i + 4 <= run.rows_count; i += 4, ahead = 0) weigh<4>(o + i, weights + i, v, n, list.dim, next_v, ahead);
+    if (i + 2 <= run.rows_count) weigh<2>(o + i, weights + i, v, n, list.dim, next_v, ahead), i += 2, ahead = 0;
+    if (i < run.rows_count) weigh<1>(o + i, weights + i, v, n, list.dim, next_v, ahead);
   }
 
   void run(int64_t begin, int64_t end, float* partial) {
     sums.clear(list.rows);
-    if (begin < end) point(list, list.runs[begin], k_rows, v_rows);
-    for (int64_t i = begin; i < end; ++i) attend(list.runs[i], i + 1 < end ? list.runs + i + 1 : nullptr);
+    for (int64_t i = begin; i < end && i < begin + kAhead; ++i)
+      point(list, list.runs[i], k_rows[i % (kAhead + 1)], v_rows[i % (kAhead + 1)]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t now = i % (kAhead + 1), later = (i + kAhead) % (kAhead + 1);
+      const bool more = i + kAhead < end;
+      if (more) point(list, list.runs[i + kAhead], k_rows[later], v_rows[later]);
+      attend(list.runs[i], k_rows[now], v_rows[now], k_rows[later], v_rows[later], more ? list.runs[i + kAhead].count : 0);
+    }
     for (int64_t r = 0; r < list.rows; ++r) {
       const float total = reduce_add(load(sums.total + r * kLanes));
       const float* const o = sums.o + r * width;
@@ -327,7 +327,7 @@ void merge_rows(const RunList& list, float* partials, int64_t count) {
       total += from[width] * factor[0];
       for (int64_t d = 0; d < width; d += kLanes) {
         const Vec x = mul(load(from + d), a);
-        store(into + d, some || i == 0 ? (i == 0 ? x : add(load(into + d), x)) : x);
+        store(into + d, some ? add(load(into + d), x) : x);
       }
       some = true;
     }

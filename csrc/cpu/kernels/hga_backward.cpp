@@ -3,6 +3,9 @@
 //   S = Q K^T   P = exp(scale S - lse)   dP = dO V^T   dS = P (dP - delta)   delta = dO . O - grad_lse
 //   dV += P^T dO   dK += scale dS^T Q   dQ = scale dS K
 //
+// In float32 the rounding of lse and of O shows where gradients cancel, and scores come out of other orders of additions
+// than in the forward pass: there, sum and delta = sum_j P dP of every row are formed once more, two products more.
+//
 // Rows are copied together strip by strip, so that every product runs on adjacent memory. dK and dV of a kv head are kept
 // in float for all its tokens and added to in order of lists, runs and strips.
 
@@ -17,10 +20,11 @@ constexpr int64_t kStripRows = 64;
 template <class T>
 struct Backward {
   using Op = typename operand<T>::type;
+  static constexpr bool kAnew = sizeof(T) == 4;
   const RunList& list;
   int64_t depth, width, run_depth_most;
   Op *q, *grad, *k_columns, *v_columns, *k_depth, *q_depth, *grad_depth, *p, *ds, *transposed;
-  float *s, *dp, *dq, *delta, *level, *sum;
+  float *s, *dp, *dq, *delta, *level, *factor, *sum, *row_total, *row_delta;
   unsigned char* alive;
   const T **k_rows, **v_rows, **q_rows, **grad_rows;
   T* nothing;
@@ -47,6 +51,9 @@ struct Backward {
     dq = carve.take<float>(sizes.rows * width);
     delta = carve.take<float>(sizes.rows);
     level = carve.take<float>(sizes.rows);
+    factor = carve.take<float>(sizes.rows);
+    row_total = carve.take<float>(kAnew ? sizes.rows * kLanes : 0);
+    row_delta = carve.take<float>(kAnew ? sizes.rows * kLanes : 0);
     alive = carve.take<unsigned char>(sizes.rows);
     k_rows = carve.take<const T*>(kRunTokens + 32);
     v_rows = carve.take<const T*>(kRunTokens + 32);
@@ -83,19 +90,69 @@ struct Backward {
         asked |= any_differs(x, zeros());
         total = fma(x, part(out, list.dim, d), total);
       }
-      alive[r] = asked, delta[r] = reduce_add(total) - *g.grad_lse[r], level[r] = *list.lse[r];
+      alive[r] = asked, delta[r] = reduce_add(total) - *g.grad_lse[r], level[r] = *list.lse[r], factor[r] = 1.0f;
+    }
+  }
+
+  void point(const Run& run) const {
+    const T *const kb = static_cast<const T*>(run.k), *const vb = static_cast<const T*>(run.v);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const int64_t at = run.columns ? run.columns[i] : i;
+      k_rows[i] = kb + at * list.k_step, v_rows[i] = vb + at * list.v_step;
+    }
+    pack_columns(k_rows, run.count, list.dim, k_columns);
+    pack_columns(v_rows, run.count, list.dim, v_columns);
+  }
+
+  // s and dp of `count` rows, and what each of them sees
+  void multiply(const Run& run, const int32_t* rows, int64_t count, const RunGradients& g) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t r = rows[i];
+      q_rows[i] = alive[r] ? static_cast<const T*>(list.q[r]) : nothing;
+      grad_rows[i] = alive[r] ? static_cast<const T*>(g.grad_out[r]) : nothing;
+      seen[i] = alive[r] ? larger(0, smaller(run.count, list.index[r] - run.start + 1)) : 0;
+    }
+    pack_rows(q_rows, count, list.dim, depth, q);
+    pack_rows(grad_rows, count, list.dim, depth, grad);
+    gemm<false>(count, round_up(run.count, kLanes), depth, q, depth, k_columns, s, kRunTokens, depth);
+    gemm<false>(count, round_up(run.count, kLanes), depth, grad, depth, v_columns, dp, kRunTokens, depth);
+  }
+
+  void normalise(const RunGradients& g) const {
+    __builtin_memset(row_total, 0, list.rows * kLanes * sizeof(float));
+    __builtin_memset(row_delta, 0, list.rows * kLanes * sizeof(float));
+    const Vec scale = splat(list.scale);
+    for (int64_t x = 0; x < list.run_count; ++x) {
+      const Run& run = list.runs[x];
+      point(run);
+      for (int64_t first_row = 0; first_row < run.rows_count; first_row += kStripRows) {
+        const int64_t count = smaller(kStripRows, run.rows_count - first_row);
+        const int32_t* const rows = list.row_ids + run.rows_begin + first_row;
+        multiply(run, rows, count, g);
+        for (int64_t i = 0; i < count; ++i) {
+          float *const total = row_total + rows[i] * kLanes, *const products = row_delta + rows[i] * kLanes;
+          for (int64_t j = 0; j < seen[i]; j += kLanes) {
+            const int64_t there = smaller(kLanes, seen[i] - j);
+            Vec w = exp(sub(mul(load(s + i * kRunTokens + j), scale), splat(level[rows[i]])));
+            Vec y = mul(w, load(dp + i * kRunTokens + j));
+            if (there < kLanes) w = keep_first(there, w, zeros()), y = keep_first(there, y, zeros());
+            store(total, add(load(total), w));
+            store(products, add(load(products), y));
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < list.rows; ++r) {
+      const float total = reduce_add(load(row_total + r * kLanes));
+      if (!alive[r] || total == 0.0f) continue;
+      factor[r] = 1.0f / total;
+      delta[r] = reduce_add(load(row_delta + r * kLanes)) / total - *g.grad_lse[r];
     }
   }
 
   void attend(const Run& run, const RunGradients& g) const {
-    const int64_t n = run.count, columns = round_up(n, kLanes), run_depth = round_up(n, reduction<Op>::step), dim = list.dim;
-    const T *const kb = static_cast<const T*>(run.k), *const vb = static_cast<const T*>(run.v);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = run.columns ? run.columns[i] : i;
-      k_rows[i] = kb + at * list.k_step, v_rows[i] = vb + at * list.v_step;
-    }
-    pack_columns(k_rows, n, dim, k_columns);
-    pack_columns(v_rows, n, dim, v_columns);
+    const int64_t n = run.count, run_depth = round_up(n, reduction<Op>::step), dim = list.dim;
+    point(run);
     pack_depth(k_rows, n, dim, k_depth);
     const int32_t* const ids = list.row_ids + run.rows_begin;
     const bool causal = list.index[ids[0]] - run.start + 1 < n;
@@ -104,25 +161,16 @@ struct Backward {
       const int64_t count = smaller(kStripRows, run.rows_count - first_row);
       const int64_t strip_depth = round_up(count, reduction<Op>::step);
       const int32_t* const rows = ids + first_row;
-      for (int64_t i = 0; i < count; ++i) {
-        const int32_t r = rows[i];
-        q_rows[i] = alive[r] ? static_cast<const T*>(list.q[r]) : nothing;
-        grad_rows[i] = alive[r] ? static_cast<const T*>(g.grad_out[r]) : nothing;
-      }
-      pack_rows(q_rows, count, dim, depth, q);
-      pack_rows(grad_rows, count, dim, depth, grad);
+      multiply(run, rows, count, g);
       pack_depth(q_rows, count, dim, q_depth);
       pack_depth(grad_rows, count, dim, grad_depth);
-      gemm<false>(count, columns, depth, q, depth, k_columns, s, kRunTokens, depth);
-      gemm<false>(count, columns, depth, grad, depth, v_columns, dp, kRunTokens, depth);
       for (int64_t i = 0; i < count; ++i) {
         const int32_t r = rows[i];
-        seen[i] = alive[r] ? larger(0, smaller(n, list.index[r] - run.start + 1)) : 0;
         Op *const to_p = p + i * run_depth, *const to_ds = ds + i * run_depth;
-        const Vec shift = splat(level[r]), less = splat(delta[r]), scale = splat(list.scale);
+        const Vec shift = splat(level[r]), less = splat(delta[r]), scale = splat(list.scale), by = splat(factor[r]);
         for (int64_t j = 0; j < seen[i]; j += kLanes) {
           const int64_t there = smaller(kLanes, seen[i] - j);
-          Vec w = exp(sub(mul(load(s + i * kRunTokens + j), scale), shift));
+          Vec w = mul(exp(sub(mul(load(s + i * kRunTokens + j), scale), shift)), by);
           Vec x = mul(w, sub(load(dp + i * kRunTokens + j), less));
           if (there < kLanes) w = keep_first(there, w, zeros()), x = keep_first(there, x, zeros());
           narrow(to_p + j, w);
@@ -168,6 +216,7 @@ struct Backward {
   void run(const RunGradients& g) const {
     prepare(g);
     tiles_begin();
+    if (kAnew) normalise(g);
     for (int64_t i = 0; i < list.run_count; ++i) attend(list.runs[i], g);
     tiles_end();
     const Vec scale = splat(list.scale);
