@@ -97,7 +97,8 @@ void summaries(TensorView k, TensorView inv_freq, MaybeTensor positions, MaybeTe
 
 void route(TensorView q, TensorView chunk_keys, TensorView group_keys, MaybeTensor positions, int64_t context,
            int64_t chunk_size, int64_t keep_first, int64_t keep_last, int64_t topk_chunks, int64_t topk_groups,
-           int64_t routing, int64_t route_block, bool share_kv, TensorView routes, int64_t path, int64_t threads) {
+           int64_t routing, int64_t route_block, bool share_kv, MaybeTensor super_keys, int64_t super_chunk,
+           int64_t topk_supers, TensorView routes, int64_t path, int64_t threads) {
   cpu::RouteProblem p{};
   const DLDataType type = q.dtype();
   p.element = element_of(q, "q");
@@ -128,6 +129,16 @@ void route(TensorView q, TensorView chunk_keys, TensorView group_keys, MaybeTens
   p.context = context, p.chunk_size = chunk_size, p.keep_first = keep_first, p.keep_last = keep_last;
   p.topk_chunks = topk_chunks, p.topk_groups = topk_groups, p.routing = static_cast<cpu::Routing>(routing);
   p.route_block = route_block, p.share = share_kv;
+  if (super_keys.has_value()) {
+    const TensorView t = super_keys.value();
+    positive(super_chunk, "super_chunk");
+    natural(topk_supers, "topk_supers");
+    if (routing != 0) TVM_FFI_THROW(ValueError) << "super_keys serve strict routing only";
+    check_rows(t, "super_keys", type, 4);
+    check_shape(t, "super_keys", {p.batch, p.chunks / super_chunk, p.kv_heads, p.dim});
+    p.super_keys = pointer<const void>(t), p.super_chunk = super_chunk, p.topk_supers = topk_supers;
+    p.super_batch = t.stride(0), p.super_step = t.stride(1), p.super_head = t.stride(2);
+  }
   check_cpu(routes, "routes");
   check_type(routes, "routes", kInt32);
   check_contiguous(routes, "routes");

@@ -93,7 +93,7 @@ void hga_route(const RouteProblem& p, int32_t* routes, Isa isa, Execution execut
   std::vector<Merge> merges;
   int64_t parts = 0;
   const int64_t whole = static_cast<int64_t>(tiles.size()) * p.kv_heads;
-  const int64_t splits_wanted = whole_runs || p.super_keys ? 1 : (kItems + whole - 1) / whole;
+  const int64_t splits_wanted = whole_runs || p.super_chunk > 0 ? 1 : (kItems + whole - 1) / whole;
   const auto add = [&](const Tile& t, int64_t h, int64_t begin, int64_t end, int64_t part) {
     items.push_back({t.batch, h, queries.data() + t.begin, t.count, begin, end, part});
   };

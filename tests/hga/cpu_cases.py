@@ -13,6 +13,7 @@ from hici_kernels import HGAConfig, Rope
 from hici_kernels.ops.hga_attention.api import HGAResult, hga_attention
 from hici_kernels.ops.hga_route.api import budgets
 from hici_kernels.ops.hga_summaries.api import hga_summaries
+from hici_kernels.ops.hga_summaries.supers import super_chunk_keys
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [2, 4, 8, 16, 20, 32, 36, 64, 66, 128]
@@ -44,14 +45,17 @@ def laid_out(rng: random.Random, x: Tensor) -> tuple[Tensor, str]:
 def random_config(rng: random.Random) -> HGAConfig:
     chunk = rng.choice([1, 4, 6, 8, 16, 16, 64, 80])
     group = rng.choice([g for g in (1, 2, 3, 4, 8, 16, 20, 64, 80) if chunk % g == 0])
+    routing = rng.choice(["strict", "prefix", "block"])
     return HGAConfig(
+        super_chunk=rng.choice([0, 1, 2, 3, 5]) if routing == "strict" else 0,
+        topk_supers=rng.randint(0, 4),
         chunk_size=chunk,
         group_size=group,
         keep_first=rng.randint(0, 2),
         keep_last=rng.randint(0, 3),
         topk_chunks=rng.randint(0, 5),
         topk_groups=rng.choice([0, 1, 2, 3, 5, 8, 12, 40]),
-        routing=rng.choice(["strict", "prefix", "block"]),
+        routing=routing,
         route_block=rng.choice([1, 3, 8, 16, 64]),
         share=rng.choice(["query", "kv"]),
     )
@@ -61,7 +65,12 @@ def call(seed: int, draw: int = 0) -> Call:
     """One call of everything hga_attention documents, in one of the low dtypes; each draw gives it other values."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed + 1_000_003 * draw)
     config, dtype = random_config(rng), rng.choice(LOW)
-    d, r, hkv, b = rng.choice(HEAD_DIMS), rng.choice([1, 1, 2, 4, 8]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
+    d, r, hkv, b = (
+        rng.choice(HEAD_DIMS),
+        rng.choice([1, 1, 2, 4, 8]),
+        rng.choice([1, 1, 2, 3]),
+        rng.choice([1, 1, 2, 3]),
+    )
     s = min(rng.randint(0, config.chunk_size * rng.choice([2, 10, 30])), rng.choice([40, 150, 500]))
     t = s if rng.random() < 0.5 else min(s, rng.choice([0, 1, 1, 2, 3, 8, 40]))
     size = rng.choice([1.0, 1.0, 0.3, 3.0])
@@ -92,6 +101,7 @@ def call(seed: int, draw: int = 0) -> Call:
     for name in tensors:
         tensors[name], kind = laid_out(rng, tensors[name])
         features.add(kind)
+    features |= {"super-chunks"} if config.super_chunk else set()
     features |= {"mask"} if mask is not None else set()
     features |= {"positions"} if positions is not None else set()
     features |= {"no window"} if config.keep_last == 0 else set()
@@ -153,6 +163,20 @@ def undecided(c: Call, b: int, t: int, h: int) -> bool:
     same = [i for i, p in enumerate(row.index[: t + 1]) if p >= 0 and p // config.chunk_size == n]
     block = oracle.block_of(t, row.index, config) if config.routing == "block" else []
 
+    pool = list(range(f, l))
+    if config.super_chunk:
+        x = config.super_chunk
+        inside_pool = list(range(-(-f // x), l // x))
+        keys_of = super_chunk_keys(chunks, x)[0, :, g].double()
+        scores = torch.einsum("hd,nd->hn", q[t], keys_of).amax(0)
+        loose_super = 2 * unit * torch.einsum("hd,nd->hn", q[t].abs(), keys_of.abs()).nan_to_num(0.0)
+        chosen = scores[inside_pool].sort(descending=True, stable=True)
+        kept = config.topk_supers
+        if 0 < kept < len(inside_pool) and chosen.values[kept - 1] - chosen.values[kept] <= loose_super.amax():
+            return True
+        lost = {inside_pool[i] for i in chosen.indices[kept:].tolist()}
+        pool = [c for c in pool if c // x not in lost]
+
     def near(values: Tensor, count: int, limit: float) -> bool:
         """The choice of the ``count`` highest could fall otherwise."""
         if count == 0 or count >= len(values):
@@ -162,7 +186,7 @@ def undecided(c: Call, b: int, t: int, h: int) -> bool:
 
     def chunk_choices() -> list[Tensor]:
         if config.routing == "strict":
-            return [sigma[t, f:l]]
+            return [sigma[t, pool]]
         if config.routing == "prefix":
             return [sigma[same, f:l].amax(0)]
         return [sigma[block, f:l].amax(0), *(sigma[i, f:l] for i in block)]
@@ -171,7 +195,7 @@ def undecided(c: Call, b: int, t: int, h: int) -> bool:
         return True
     if config.keep_last == 0 and any(near(x, config.topk_chunks - 1, loose[0]) for x in chunk_choices()[:1]):
         return True
-    picks = oracle.pick(dict(zip(range(f, l), chunk_choices()[0].tolist(), strict=True)), n, config)
+    picks = oracle.pick(dict(zip(pool, chunk_choices()[0].tolist(), strict=True)), n, config)
     inside = [x * m + y for x in picks for y in range(m)]
     if config.routing == "strict":
         return near(gamma[t, inside], config.topk_groups, loose[1])

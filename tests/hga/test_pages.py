@@ -67,7 +67,9 @@ def pages_of(
                 lists["starts"].append(x * c)
                 lists["visible"].append(masks[x])
             offsets.append(len(lists["starts"]))
-    found: dict[str, Tensor | int] = {n: torch.tensor(lists[n], dtype=torch.int64) for n in ("k_pages", "v_pages", "starts")}
+    found: dict[str, Tensor | int] = {
+        n: torch.tensor(lists[n], dtype=torch.int64) for n in ("k_pages", "v_pages", "starts")
+    }
     found["visible"] = torch.stack(lists["visible"]) if lists["visible"] else torch.zeros(0, t, r, dtype=torch.int64)
     stride = 3 * d if token_major else d
     found |= {"offsets": torch.tensor(offsets), "positions": positions, "kv_heads": hkv, "page_tokens": c}

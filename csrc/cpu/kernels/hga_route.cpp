@@ -32,7 +32,10 @@ struct Router {
   Stream* streams;
   const T **rows, **next, **group_rows;
   unsigned char *wanted, *visible, *requested, *materialised;
-  int64_t capacity_of_stream;
+  int64_t capacity_of_stream, supers, capacity_of_supers;
+  float *super_score, *row_score;
+  int32_t* super_id;
+  Stream* super_streams;
 
   // most queries of an item, their rows, and what a query's group stage holds
   Router(const RouteProblem& problem, const RouteSizes& sizes, Carve& carve) : p(problem) {
@@ -62,6 +65,13 @@ struct Router {
     visible = carve.take<unsigned char>(block ? keep : 0);
     requested = carve.take<unsigned char>(block ? open : 0);
     materialised = carve.take<unsigned char>(block ? open : 0);
+    supers = p.super_chunk > 0 ? smaller(p.topk_supers, p.chunks / p.super_chunk) : 0;
+    capacity_of_supers = capacity(supers, kBlock);
+    const int64_t super_count = p.super_chunk > 0 ? most * lanes : 0;
+    super_score = carve.take<float>(super_count * capacity_of_supers);
+    super_id = carve.take<int32_t>(super_count * capacity_of_supers);
+    super_streams = carve.take<Stream>(super_count);
+    row_score = carve.take<float>(2 * kBlock);
   }
 
   const T* query(const RouteItem& item, int64_t i, int64_t h) const {
@@ -134,7 +144,7 @@ struct Router {
       const int64_t at = index(item, i);
       largest = larger(largest, p.pool_end(at) - p.pool_begin(at));
     }
-    if (largest <= keep && item.part < 0) {  // whatever the scores are, all of them are picked
+    if (largest <= keep && item.part < 0 && p.super_chunk == 0) {  // whatever the scores are, all of them are picked
       for (int64_t i = 0; i < item.count + (block ? 1 : 0); ++i) {
         const int64_t at = index(item, smaller(i, item.count - 1));
         for (int64_t l = 0; l < lanes; ++l) {
@@ -145,6 +155,7 @@ struct Router {
       return;
     }
     pack_queries(item);
+    if (p.super_chunk > 0) return scan_supers(item);
     const T **now = rows, **later = next;
     const auto point = [&](const T** to, int64_t c, int64_t n) {
       for (int64_t j = 0; j < n; ++j) to[j] = chunk_key(item, c + j);
@@ -169,6 +180,67 @@ struct Router {
         }
       }
       swap(now, later);
+    }
+  }
+
+  // Super-chunks wholly inside the pool first; then, row by row, the chunks of the best of them and those in none.
+  void scan_supers(const RouteItem& item) const {
+    const int64_t x = p.super_chunk, begin = (item.chunk_begin + x - 1) / x, end = item.chunk_end / x;
+    for (int64_t i = 0; i < item.count * lanes; ++i)
+      super_streams[i] = {super_score + i * capacity_of_supers, super_id + i * capacity_of_supers, 0, -__builtin_inff()};
+    const T **now = rows, **later = next;
+    const auto point_supers = [&](const T** to, int64_t at, int64_t n) {
+      for (int64_t j = 0; j < n; ++j)
+        to[j] = static_cast<const T*>(p.super_keys) + item.batch * p.super_batch + (at + j) * p.super_step +
+                item.kv_head * p.super_head;
+    };
+    point_supers(now, begin, smaller(kBlock, end - begin));
+    for (int64_t at = begin; at < end; at += kBlock, swap(now, later)) {
+      const int64_t n = smaller(kBlock, end - at), following = larger(0, smaller(kBlock, end - at - kBlock));
+      point_supers(later, at + kBlock, following);
+      multiply(item.count, now, n, later, following);
+      for (int64_t i = 0; i < item.count; ++i) {
+        const int64_t seen = smaller(n, p.pool_end(index(item, i)) / x - at);
+        for (int64_t l = 0; l < lanes && seen > 0; ++l) {
+          Stream& to = super_streams[i * lanes + l];
+          to.offer(s + (i * lanes + l) * kBlock, seen, static_cast<int32_t>(at));
+          if (to.count > supers + slack(supers)) to.cut(supers);
+        }
+      }
+    }
+    for (int64_t i = 0; i < item.count; ++i) {
+      const int64_t from = p.pool_begin(index(item, i)), to = p.pool_end(index(item, i));
+      if (to <= from) continue;
+      // [first, last): what super-chunks of this pool cover
+      const int64_t first = smaller(to, begin * x), last = larger(first, to / x * x);
+      for (int64_t l = 0; l < lanes; ++l) {
+        Stream& best = super_streams[i * lanes + l];
+        best.cut(supers);
+        score_range(item, i, l, from, first, best.count > 0 ? best.id[0] * x : last);
+        for (int64_t j = 0; j < best.count; ++j)
+          score_range(item, i, l, best.id[j] * x, (best.id[j] + 1) * x, j + 1 < best.count ? best.id[j + 1] * x : last);
+        score_range(item, i, l, last, to, to);
+      }
+    }
+  }
+
+  // Offers chunks [from, to) to the stream of query i and lane l; chunks from `following` on are scored next.
+  void score_range(const RouteItem& item, int64_t i, int64_t l, int64_t from, int64_t to, int64_t following) const {
+    for (int64_t c = from; c < to; c += kBlock) {
+      const int64_t n = smaller(kBlock, to - c);
+      for (int64_t j = 0; j < n; ++j) rows[j] = chunk_key(item, c + j);
+      const int64_t ahead_from = c + n < to ? c + n : following;
+      const int64_t ahead = larger(0, smaller(n, item.chunk_end - ahead_from));
+      for (int64_t j = 0; j < ahead; ++j) next[j] = chunk_key(item, ahead_from + j);
+      for (int64_t h = 0; h < (p.share ? r : 1); ++h) {
+        float* const found = row_score + (h ? kBlock : 0);
+        dots(query(item, i, l + h), rows, n, p.dim, found, next, h ? 0 : ahead);
+        for (int64_t j = 0; j < n; j += kLanes) {
+          const Vec y = ordered(load(found + j));
+          store(row_score + j, h ? max(load(row_score + j), y) : y);
+        }
+      }
+      offer(stream(i * lanes + l), row_score, n, c);
     }
   }
 

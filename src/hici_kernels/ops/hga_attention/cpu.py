@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import _native
 from ..hga_route import cpu as router
 from ..hga_summaries import cpu as summariser
+from ..hga_summaries.supers import super_chunk_keys
 
 
 def unavailable() -> str | None:
@@ -62,6 +63,8 @@ def forward(
     routing: str,
     route_block: int,
     share: str,
+    super_chunk: int,
+    topk_supers: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, T, Hq, D], lse [B, Hq, T], routes [B, T, Hq, w])."""
@@ -87,6 +90,9 @@ def forward(
             routing,
             route_block,
             share,
+            super_chunk,
+            topk_supers,
+            super_chunk_keys(chunk_keys, super_chunk) if super_chunk else None,
         )
     else:
         routes = routes.clone(memory_format=torch.contiguous_format)

@@ -53,9 +53,9 @@ def pages_attention(
         scale: default D ** -0.5.
 
     Returns:
-        (out [B, T, Hq, D] in q.dtype, lse [B, Hq, T] float32): 0 and -inf for a query that sees nothing. Partial results
-        over different pages combine by :func:`merge_attention`. Not differentiable. Deterministic; results do not
-        depend on the number of threads.
+        (out [B, T, Hq, D] in q.dtype, lse [B, Hq, T] float32): 0 and -inf for a query that sees nothing. Partial
+        results over different pages combine by :func:`merge_attention`. Not differentiable. Deterministic; results do
+        not depend on the number of threads.
 
     Raises:
         TypeError, ValueError: naming the argument; contents of addresses cannot be checked. ImplError: no native

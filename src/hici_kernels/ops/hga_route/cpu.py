@@ -39,6 +39,9 @@ def forward(
     routing: str,
     route_block: int,
     share: str,
+    super_chunk: int = 0,
+    topk_supers: int = 0,
+    super_keys: Tensor | None = None,
 ) -> Tensor:
     """int32 [B, T - context, Hq, min(topk_groups, n M)]."""
     b, t, hq, _ = q.shape
@@ -60,6 +63,9 @@ def forward(
         ROUTING[routing],
         route_block,
         share == "kv",
+        super_keys if super_chunk else None,
+        super_chunk,
+        topk_supers,
         routes,
         *_native.execution(),
     )

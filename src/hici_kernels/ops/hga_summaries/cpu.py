@@ -54,7 +54,7 @@ def into(
     *,
     columns: Tensor | None = None,
 ) -> None:
-    """Write the summaries of k [B, S, Hkv, D] into chunk_keys [B, S // C, Hkv, D] and group_keys [B, S // C, M, Hkv, D].
+    """Write the summaries of k [B, S, Hkv, D] into chunk_keys [B, n, Hkv, D] and group_keys [B, n, M, Hkv, D].
 
     The tables may have any strides with a contiguous last dim (a slice of a larger table); dtype as k.
     """
