@@ -332,7 +332,8 @@ def decode_rows(sizes: Sizes, rounds: int, ceilings: dict[str, Any]) -> list[dic
     for kind, routes in kinds.items():
         step = Step(histories, routes, at, config, q)
         row = _row(f"decode, {s} cached, {kind} routes", "one query, 8 layers in turn", step.checked())
-        sides = {OURS: step, "hici_kernels, routing alone": step.route} | (forms if kind == "disjoint" else {})
+        sides: dict[str, Callable[[], object]] = {OURS: step, "hici_kernels, routing alone": step.route}
+        sides |= forms if kind == "disjoint" else {}
         found.append(_rates(_timed(row, sides, rounds, LAYERS), step.bytes(), ceilings))
     fastest = [n for n, side in found[0]["sides"].items() if n.startswith("dense")]
     for row in found[1:]:
@@ -350,7 +351,7 @@ def far_row(sizes: Sizes, rounds: int, ceilings: dict[str, Any], config: HGAConf
     step = Step([history], routes, torch.full((1, 1), s - 1), config, q)
     kind = f"super-chunks of {config.super_chunk}" if config.super_chunk else "full scan"
     row = _row(f"decode, {s} cached, {kind}", "one query, one layer, other groups at every step", step.checked())
-    sides = {OURS: step, "hici_kernels, routing alone": step.route}
+    sides: dict[str, Callable[[], object]] = {OURS: step, "hici_kernels, routing alone": step.route}
     return _rates(_timed(row, sides, rounds, LAYERS), step.bytes(), ceilings)
 
 
@@ -401,7 +402,7 @@ def batch_row(sizes: Sizes, rounds: int, ceilings: dict[str, Any]) -> dict[str, 
     row = _row(
         f"decode, batch {b}, {shortest} to {s} cached", "rows of different lengths, 2 layers in turn", step.checked()
     )
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         OURS: step,
         "hici_kernels, row by row": functools.partial(alone, "cpu"),
         "plain PyTorch (reference), row by row": functools.partial(alone, "reference"),
