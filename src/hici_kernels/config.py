@@ -179,6 +179,11 @@ class HGAConfig(_Config):
             its maximum over the queries since the start of the chunk, nothing leaks; "block" = the authors' rule:
             blocks of route_block queries share one capacity, so a result depends on later queries of its block.
         route_block: queries per block of routing="block"; blocks are also cut at chunk ends.
+        super_chunk: 0 = every chunk of the pool is scored. X > 0: X consecutive chunks form a super-chunk, whose key is
+            the mean of theirs; a query scores the super-chunks that lie wholly in its pool and then only the chunks of
+            the topk_supers highest of them, and those in none. What survives is scored exactly; a chunk may be lost.
+            For histories of very many chunks; routing="strict" only.
+        topk_supers: super-chunks whose chunks are scored.
         share: "query" = each query head picks; "kv" = the maximum over the heads of a kv group picks for all of them.
 
     Raises:
@@ -194,16 +199,20 @@ class HGAConfig(_Config):
     routing: str = "strict"
     route_block: int = 64
     share: str = "query"
+    super_chunk: int = 0
+    topk_supers: int = 32
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "group_size", "route_block"):
             _checks.integer(name, getattr(self, name), 1)
-        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups"):
+        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups", "super_chunk", "topk_supers"):
             _checks.integer(name, getattr(self, name), 0)
         if self.chunk_size % self.group_size:
             raise ValueError(f"group_size must divide chunk_size {self.chunk_size}, got {self.group_size}")
         _checks.choice("routing", self.routing, ("strict", "block", "prefix"))
         _checks.choice("share", self.share, ("query", "kv"))
+        if self.super_chunk and self.routing != "strict":
+            raise ValueError(f"super_chunk must be 0 with routing={self.routing!r}, got {self.super_chunk}")
 
     @property
     def groups_per_chunk(self) -> int:
