@@ -1,0 +1,297 @@
+#include "page_file.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+
+#include "checksum.h"
+
+namespace hici::io {
+namespace {
+
+constexpr const char* kPrefix = "hici-kv-";
+constexpr int64_t kItemBits = 32;
+constexpr int kTries = 2;  // a read that fails or does not verify is repeated once
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Files are removed as soon as they are open, so a leftover is what a process killed in that instant left behind: nobody
+// holds its lock.
+void sweep(const std::string& directory) {
+  DIR* d = opendir(directory.c_str());
+  if (!d) return;
+  while (const dirent* entry = readdir(d)) {
+    if (std::strncmp(entry->d_name, kPrefix, std::strlen(kPrefix)) != 0) continue;
+    const std::string path = directory + "/" + entry->d_name;
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (file < 0) continue;
+    struct stat s{};
+    if (fstat(file, &s) == 0 && S_ISREG(s.st_mode) && flock(file, LOCK_EX | LOCK_NB) == 0) unlink(path.c_str());
+    ::close(file);
+  }
+  closedir(d);
+}
+
+}  // namespace
+
+PageFile::PageFile(const Options& options, int& error) : options_(options), owner_(getpid()) {
+  sweep(options_.directory);
+  std::random_device random;
+  for (int tries = 0; file_ < 0; ++tries) {
+    const uint64_t number = static_cast<uint64_t>(random()) << 32 | random();
+    name_ = options_.directory + "/" + kPrefix + std::to_string(owner_) + "-" + std::to_string(number);
+    const int flags = O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
+#ifdef O_DIRECT
+    if (options_.direct) {
+      file_ = ::open(name_.c_str(), flags | O_DIRECT, 0600);
+      direct_ = file_ >= 0;
+      // some file systems create the file and then refuse the flag
+      if (file_ < 0 && errno == EINVAL) unlink(name_.c_str());
+    }
+    if (file_ < 0 && (!options_.direct || errno == EINVAL))
+#endif
+      file_ = ::open(name_.c_str(), flags, 0600);
+    if (file_ < 0 && (errno != EEXIST || tries == 100)) {
+      error = errno;
+      throw std::runtime_error("cannot create a file in " + options_.directory + ": " + std::strerror(error));
+    }
+  }
+  // a sweep of another process that takes the lock first removes the name a moment before we do
+  flock(file_, LOCK_EX | LOCK_NB);
+  unlink(name_.c_str());
+  if (options_.backend != "threads") {
+    queue_ = make_uring(file_, options_.depth);
+    uring_ = queue_ != nullptr;
+    if (!queue_ && options_.backend == "uring") {
+      error = ENOSYS;
+      ::close(file_);
+      throw std::runtime_error("this kernel does not allow io_uring");
+    }
+  }
+  if (!queue_) queue_ = make_threads(file_, options_.depth);
+  depth_ = std::min(options_.depth, queue_->depth());
+}
+
+PageFile::~PageFile() {
+  if (foreign()) {
+    if (queue_) queue_->abandon();
+    queue_.reset();
+    if (file_ >= 0) ::close(file_);
+    return;
+  }
+  close();
+}
+
+bool PageFile::foreign() const { return getpid() != owner_; }
+
+void PageFile::close() {
+  if (foreign()) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  waiting_.clear();
+  while (flying_ > 0) drain();
+  queue_.reset();
+  requests_.clear();
+  if (file_ >= 0) ::close(file_);
+  file_ = -1;
+}
+
+int64_t PageFile::submit(std::vector<Page> pages, bool write) {
+  if (foreign()) return 0;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t number = next_request_++;
+  const int64_t count = static_cast<int64_t>(pages.size());
+  Request r{std::move(pages), std::vector<int64_t>(count), std::vector<char>(count), write, count, {}};
+  if (file_ < 0) r.outcome.code = Outcome::kClosed, r.left = 0;
+  if (write)
+    for (Page& p : r.pages) p.checksum = checksum(p.data, options_.page_bytes, p.identity, kIdentity);
+  const int64_t left = r.left;
+  requests_.emplace(number, std::move(r));
+  for (int64_t i = 0; i < left; ++i) waiting_.emplace_back(number, i);
+  if (file_ >= 0) pump();
+  return number;
+}
+
+Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
+  Outcome outcome;
+  if (foreign()) {
+    outcome.code = Outcome::kForked;
+    return outcome;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = requests_.find(request);
+  if (found == requests_.end()) {
+    outcome.code = file_ < 0 ? Outcome::kClosed : Outcome::kUnknown;
+    return outcome;
+  }
+  Request& r = found->second;
+  const double began = now();
+  while (r.left > 0) {
+    pump();
+    if (r.left > 0) drain();
+  }
+  if (!r.write) counters_.stall_s += now() - began;
+  if (checksums)
+    for (const Page& p : r.pages) checksums->push_back(p.checksum);
+  outcome = r.outcome;
+  requests_.erase(found);
+  return outcome;
+}
+
+Outcome PageFile::reserve(int64_t count) {
+  Outcome outcome;
+  if (foreign()) {
+    outcome.code = Outcome::kForked;
+    return outcome;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (file_ < 0) {
+    outcome.code = Outcome::kClosed;
+    return outcome;
+  }
+  const int64_t needed = count * options_.stride;
+  if (needed <= counters_.file_bytes) return outcome;
+  if (const Fault* f = faults_.next(true); f && f->kind == Fault::Kind::kError) {
+    outcome = {Outcome::kError, -1, f->value};
+    return outcome;
+  }
+  // in steps, because a write that lengthens the file locks all others out
+  const int64_t step = std::min<int64_t>(int64_t{64} << 20, std::max<int64_t>(counters_.file_bytes / 4, 1 << 20));
+  for (const int64_t size : {std::max(needed, counters_.file_bytes + step), needed}) {
+    int result = 0;
+#if defined(__linux__)
+    do result = fallocate(file_, 0, counters_.file_bytes, size - counters_.file_bytes);
+    while (result != 0 && errno == EINTR);
+    if (result != 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) result = ftruncate(file_, size);
+#else
+    result = ftruncate(file_, size);
+#endif
+    if (result == 0) {
+      counters_.file_bytes = size;
+      return outcome;
+    }
+  }
+  outcome = {Outcome::kError, -1, errno};
+  return outcome;
+}
+
+Counters PageFile::counters() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return counters_;
+}
+
+void PageFile::inject(const Fault& fault) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  faults_.add(fault);
+}
+
+void PageFile::clear_faults() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  faults_.clear();
+}
+
+void PageFile::pump() {
+  while (!waiting_.empty() && flying_ < depth_) {
+    const auto [request, item] = waiting_.front();
+    waiting_.pop_front();
+    start(request, item);
+  }
+  if (flying_ > 0) {  // hands over what is still unsent, and takes what has ended already
+    queue_->reap(done_, false);
+    std::vector<Transfer> done;
+    done.swap(done_);
+    for (const Transfer& t : done) finish(t);
+  }
+}
+
+void PageFile::start(int64_t request, int64_t item) {
+  const Request& r = requests_.at(request);
+  const Page& p = r.pages[item];
+  const int64_t moved = r.moved[item];
+  if (flying_++ == 0) busy_since_ = now();
+  queue_->submit({r.write, p.data + moved, options_.stride - moved, p.number * options_.stride + moved,
+                  request << kItemBits | item, 0});
+}
+
+void PageFile::drain() {
+  std::vector<Transfer> done;
+  queue_->reap(done, true);
+  for (const Transfer& t : done) finish(t);
+}
+
+void PageFile::finish(const Transfer& t) {
+  if (--flying_ == 0) counters_.busy_s += now() - busy_since_;
+  const int64_t number = t.tag >> kItemBits, item = t.tag & ((int64_t{1} << kItemBits) - 1);
+  const auto found = requests_.find(number);
+  if (found == requests_.end()) return;
+  Request& r = found->second;
+  int64_t result = t.result;
+  if (const Fault* f = faults_.next(r.write)) {
+    if (f->kind == Fault::Kind::kError) result = -f->value;
+    if (f->kind == Fault::Kind::kShort && result > f->value) result = f->value;
+    if (f->kind == Fault::Kind::kFlip && !r.write && result > 0) t.data[f->value / 8 % result] ^= char(1 << f->value % 8);
+  }
+  const bool again = result == -EINTR || result == -EAGAIN;
+  if (result < 0 && !again) {
+    if (!r.write && ++r.tried[item] < kTries) {
+      ++counters_.retries;
+      r.moved[item] = 0;
+      waiting_.emplace_front(number, item);
+      return;
+    }
+    return fail(r, item, Outcome::kError, -result);
+  }
+  if (result == 0) return fail(r, item, r.write ? Outcome::kError : Outcome::kTruncated, r.write ? ENOSPC : 0);
+  if (result > 0) r.moved[item] += result;
+  if (r.moved[item] < options_.stride) {
+    // direct transfers begin at whole blocks only
+    if (direct_) r.moved[item] -= r.moved[item] % kAlignment;
+    if (!again) ++counters_.retries;
+    waiting_.emplace_front(number, item);
+    return;
+  }
+  settle(r, item);
+  if (r.left > 0 && !r.write && r.moved[item] == 0) waiting_.emplace_front(number, item);
+}
+
+void PageFile::settle(Request& r, int64_t item) {
+  const Page& p = r.pages[item];
+  if (r.write) {
+    ++counters_.writes;
+    counters_.bytes_written += options_.stride;
+  } else {
+    ++counters_.reads;
+    counters_.bytes_read += options_.stride;
+    if (checksum(p.data, options_.page_bytes, p.identity, kIdentity) != p.checksum) {
+      ++counters_.rejected;
+      if (++r.tried[item] < kTries) {
+        ++counters_.retries;
+        r.moved[item] = 0;  // read once more
+        return;
+      }
+      return fail(r, item, Outcome::kChecksum, 0);
+    }
+  }
+#if defined(POSIX_FADV_DONTNEED)
+  // one cache is enough, and it is not the kernel's; a page it has not written yet stays until it has
+  if (!direct_) posix_fadvise(file_, p.number * options_.stride, options_.stride, POSIX_FADV_DONTNEED);
+#endif
+  --r.left;
+}
+
+void PageFile::fail(Request& r, int64_t item, int64_t code, int64_t error) {
+  if (r.outcome.code == Outcome::kOk) r.outcome = {code, item, error};
+  --r.left;
+}
+
+}  // namespace hici::io
