@@ -41,6 +41,14 @@ uint32_t step(uint32_t crc, uint64_t word) {
 }
 #endif
 
+// A one-to-one scramble of 64 bits (the last steps of MurmurHash3). Lanes must not be joined by another CRC: it is linear,
+// so two flipped bits could cancel.
+uint64_t mix(uint64_t h) {
+  h = (h ^ (h >> 33)) * 0xff51afd7ed558ccdu;
+  h = (h ^ (h >> 33)) * 0xc4ceb9fe1a85ec53u;
+  return h ^ (h >> 33);
+}
+
 }  // namespace
 
 uint32_t crc32c(uint32_t crc, const void* data, int64_t bytes) {
@@ -58,14 +66,10 @@ uint64_t checksum(const void* data, int64_t bytes, const int64_t* identity, int 
   for (int64_t i = 0; i < lane; i += 8)
     for (int k = 0; k < 4; ++k) c[k] = step(c[k], load(p + k * lane + i));
   c[3] = crc32c(c[3], p + 4 * lane, bytes - 4 * lane);
-  uint32_t high = ~0u, low = 0x9e3779b9u;
-  for (int i = 0; i < words; ++i) {
-    high = step(high, static_cast<uint64_t>(identity[i]));
-    low = step(low, ~static_cast<uint64_t>(identity[i]));
-  }
-  high = step(step(high, c[0] | static_cast<uint64_t>(c[1]) << 32), c[2] | static_cast<uint64_t>(c[3]) << 32);
-  low = step(step(low, c[3] | static_cast<uint64_t>(c[0]) << 32), c[1] | static_cast<uint64_t>(c[2]) << 32);
-  return static_cast<uint64_t>(high) << 32 | low;
+  uint64_t h = static_cast<uint64_t>(bytes);
+  for (int i = 0; i < words; ++i) h = mix(h ^ static_cast<uint64_t>(identity[i]));
+  for (int k = 0; k < 4; ++k) h = mix(h ^ (static_cast<uint64_t>(c[k]) << 2 | static_cast<uint64_t>(k)));
+  return h;
 }
 
 }  // namespace hici::io

@@ -17,7 +17,7 @@ class Records:
         self.store, self.pages = store, pages
         self.shares = torch.zeros(0, dtype=torch.int32)
         # layer, row, chunk, generation
-        self.names = torch.zeros(0, 4, dtype=torch.int64)
+        self.names = torch.zeros(0, 4, dtype=torch.int32)
         self.end = 0
         self._free: list[int] = []
 
@@ -41,8 +41,8 @@ class Records:
         self.shares, self.names = enlarge(self.shares, self.end), enlarge(self.names, self.end)
         self.shares[taken] = 1
         self.names[taken, 0] = layer
-        self.names[taken, 1] = rows
-        self.names[taken, 2] = chunks
+        self.names[taken, 1] = rows.int()
+        self.names[taken, 2] = chunks.int()
         self.names[taken, 3] += 1
         return taken
 
@@ -66,7 +66,7 @@ class Records:
 
     def identity(self, pages: Tensor) -> Tensor:
         """int64 [n, 6] of pages, see :data:`IDENTITY`."""
-        names = self.names[pages // self.pages]
+        names = self.names[pages // self.pages].long()
         store = torch.full_like(pages, self.store)
         return torch.stack((store, names[:, 0], names[:, 1], names[:, 2], pages % self.pages, names[:, 3]), 1)
 

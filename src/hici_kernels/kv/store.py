@@ -30,6 +30,7 @@ from .tier import Tier
 
 DEFAULT_HOST_BYTES = 1 << 30  # of tier "disk"
 BANK_LIST_BYTES = 16  # a slot
+LIST_BYTES = 64 << 10  # kept free of the bank where the limit is small, else an eighth of it
 DEFAULT_BANK_PAGES = 4096  # of an accelerator without device_bytes
 DECODE_QUERIES = 16  # a call of up to so many queries is what the next one is guessed from
 
@@ -377,7 +378,8 @@ class KVStore:
             left = self._meter.left("host")
             assert left is not None
             # the rest for the lists of records and pages, which grow with the history
-            slots = (left - left // 8) // (layout.stride + BANK_LIST_BYTES)
+            lists = max(left // 8, min(left // 2, LIST_BYTES))
+            slots = (left - lists) // (layout.stride + BANK_LIST_BYTES)
             if slots < 1:
                 raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
             lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, **self._io)  # type: ignore[arg-type]
