@@ -61,7 +61,7 @@ class Engine:
         """Attend and commit, slice by slice; an exception on the way undoes the slices before it."""
         ends = self._slices(state, q.shape[1], mask)
         if len(ends) == 1:
-            out, step = self.run(state, q, k, v, mask, impl, graph=False)
+            out, step = self.run(state, q, k, v, mask, impl, apart=False)
             self.commit(state, step)
             return out
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -73,7 +73,7 @@ class Engine:
                 for end in ends:
                     c = slice(start, end)
                     part = None if mask is None else mask[:, c]
-                    out[:, c], step = self.run(state, q[:, c], k[:, c], v[:, c], part, impl, graph=False)
+                    out[:, c], step = self.run(state, q[:, c], k[:, c], v[:, c], part, impl, apart=False)
                     self.commit(state, step)
                     start = end
             except BaseException:
@@ -94,9 +94,13 @@ class Engine:
         mask: Tensor | None,
         impl: str,
         *,
-        graph: bool,
+        apart: bool,
     ) -> tuple[Tensor, Step]:
-        """Outputs of the appended tokens, and the step that would append them."""
+        """Outputs of the appended tokens, and the step that would append them.
+
+        apart: nothing that is returned or kept by autograd is a view of a buffer or the caller's own tensor: the step
+        may be committed later.
+        """
         c, t, b = self.config.chunk_size, q.shape[1], state.batch
         counts = torch.full_like(state.lengths, t) if mask is None else mask.sum(1)
         after = state.lengths + counts
@@ -110,12 +114,11 @@ class Engine:
         local = torch.where(place < 0, -1, place - (state.base * c)[:, None])
         total = used + counts
         length = int(total.max()) if b else 0
-        recent, copied = self._recent(state, new, used, local, mask, length, fresh=graph)
+        recent, copied = self._recent(state, new, used, local, mask, length, fresh=apart)
         with self.meter.scratch("device", copied, f"a call of {t} tokens"):
             self._summarise(state, recent["k"], after, impl)
             routes = self._route(state, q, recent, place, after, impl)
-            # a segment keeps the step until it ends, and the caller's tensors are not ours
-            kept = {n: x.detach().clone() if graph and x is new[n] else x.detach() for n, x in recent.items()}
+            kept = {n: x.detach().clone() if apart and x is new[n] else x.detach() for n, x in recent.items()}
             step = Step(kept, state.base, after, mask, t)
             out = self._attend(state, q, recent, place, total, routes, impl)
         return out, step
@@ -137,7 +140,7 @@ class Engine:
                 most = int(new_base.clamp(max=first).max()) * c
                 if most:
                     state.reserve(f"sinks.{name}", most, like, self.device, first * c)
-                state.reserve(f"tail.{name}", int(kept.max()), like, self.device, self._tail_tokens)
+                state.reserve(f"tail.{name}", int(kept.max()), like, self.device, self.tail_tokens)
         state.reserve_records(int(new_base.max()) if b else 0)
         written: list[tuple[Tensor, Tensor, Tensor]] = []
         try:
@@ -149,9 +152,7 @@ class Engine:
                 column = ((chunk - base[row]) * c)[:, None] + torch.arange(c)
                 there, column = row[:, None].to(self.device), column.to(self.device)
                 pages = self.layout.encode({n: x[there, column] for n, x in step.recent.items()})
-                self.meter.require("host", self.records.growth(len(row)), "the list of records")
-                numbers = self.records.take(state.number, row, chunk)
-                self.meter.set("host", "records list", self.records.nbytes)
+                numbers = self.take(state, row, chunk)
                 written.append((row, chunk, numbers))
                 self.tier.write(numbers, pages)
         except BaseException:
@@ -190,12 +191,19 @@ class Engine:
                 row = torch.cat(found)[: length - start * c] if found else None
                 if row is not None:
                     like = tuple(row.shape[1:])
-                    tail = state.reserve(f"tail.{n}", len(row), like, self.device, self._tail_tokens)
+                    tail = state.reserve(f"tail.{n}", len(row), like, self.device, self.tail_tokens)
                     tail[b, : len(row)] = row
             state.base[b] = start
             gone = state.records[b, start:].clone()
             state.records[b, start:] = -1
             self.forget(gone[gone >= 0])
+
+    def take(self, state: LayerState, rows: Tensor, chunks: Tensor) -> Tensor:
+        """New records [n]; raises ValueError where the limit leaves no room for their names."""
+        self.meter.require("host", self.records.growth(len(rows)), "the list of records")
+        numbers = self.records.take(state.number, rows, chunks)
+        self.meter.set("host", "records list", self.records.nbytes)
+        return numbers
 
     def forget(self, records: Tensor) -> None:
         """One owner less for every entry; what nobody owns leaves the tier."""
@@ -204,7 +212,7 @@ class Engine:
             self.tier.free(self.records.pages_of(gone).flatten())
 
     @property
-    def _tail_tokens(self) -> int:
+    def tail_tokens(self) -> int:
         """Capacity of a tail: window, active chunk, and as much again of new tokens, written in place."""
         return (self.config.keep_last + 2) * self.config.chunk_size
 
@@ -239,9 +247,9 @@ class Engine:
         t = local.shape[1]
         before = int(used.max()) if len(used) else 0
         alike = mask is None and (len(used) == 0 or bool((used == before).all()))
-        if not fresh and length <= self._tail_tokens:
+        if not fresh and length <= self.tail_tokens:
             for name, x in new.items():
-                tail = state.reserve(f"tail.{name}", length, tuple(x.shape[2:]), self.device, self._tail_tokens)
+                tail = state.reserve(f"tail.{name}", length, tuple(x.shape[2:]), self.device, self.tail_tokens)
                 if t == 0 or len(used) == 0:
                     continue
                 if alike:

@@ -18,6 +18,7 @@ from ..errors import KVStoreError
 from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
 from ..rope import Rope
+from . import saved
 from .device_bank import DeviceBank
 from .disk import Disk
 from .layer import LayerState
@@ -201,7 +202,7 @@ class KVStore:
             engine.rebuild_tail(state)
             graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             if graph or self._segment is not None:
-                out, step = engine.run(state, q, k, v, mask, impl, graph=graph)
+                out, step = engine.run(state, q, k, v, mask, impl, apart=True)
                 if self._segment is not None:
                     self._segment[layer] = step
                 else:
@@ -298,6 +299,55 @@ class KVStore:
                 if self._engine is not None:
                     self._engine.records.share(layer.records[layer.records >= 0])
                     self._engine.forget(old[old >= 0])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all rows to a file that :meth:`load` opens again, a prompt that many requests share for example.
+
+        The file becomes visible when it is complete and synchronised, and replaces an older one as a whole; after a
+        crash at any time there is the old one or the new one.
+
+        Raises:
+            ValueError: no such directory, or inside a segment. KVStoreError: writing failed, or a record that is saved
+            cannot be read. An older file is untouched then.
+        """
+        self._check_open()
+        self._check_no_segment()
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or a path, got {type(path).__name__} {path!r}")
+        with self._lock:
+            for layer in self._layers:
+                if self._engine is not None:
+                    self._engine.rebuild_tail(layer)
+            saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str, **options: Any) -> KVStore:
+        """A store that holds what :meth:`save` wrote, and goes on with the same bits.
+
+        Args:
+            path: of the saved file, which is read once and not needed afterwards.
+            device: as in the constructor.
+            options: tier, device_bytes, host_bytes, bank_pages, queue_depth, io, direct, prefetch of the constructor;
+                ``directory`` is its ``path``. The tier need not be that of the store that was saved.
+
+        Raises:
+            TypeError, ValueError: an option or a byte limit. KVStoreError: the file is missing, incomplete or damaged;
+            it names layer, chunk and file.
+        """
+        if "directory" in options:
+            options["path"] = options.pop("directory")
+        file = saved.Saved(path)
+        with file.file:
+            for name in options:
+                if name in file.arguments:
+                    raise ValueError(f"{name} is that of the saved store, expected no other")
+            store = cls(device=device, **file.arguments, **options)
+            try:
+                file.restore(store)
+            except BaseException:
+                store.close()
+                raise
+        return store
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction.
