@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "../io/block_reader.h"
 #include "../io/checksum.h"
 #include "arguments.h"
 
@@ -93,6 +94,7 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
   functions.Set("name", ffi::String(file->pages.name()));
   functions.Set("backend", ffi::String(file->pages.backend()));
   functions.Set("direct", file->pages.direct());
+  functions.Set("descriptor", static_cast<int64_t>(file->pages.descriptor()));
   functions.Set("read", ffi::Function::FromTyped(
       [file](TensorView slots, TensorView numbers, TensorView identity, TensorView checksums) {
         return file->pages.submit(request(*file, slots, numbers, identity, &checksums), false);
@@ -139,6 +141,14 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
   return functions;
 }
 
+double read_blocks(ffi::String path, TensorView offsets, int64_t block, int64_t depth, ffi::String backend, bool direct) {
+  check_numbers(offsets, "offsets", {offsets.numel()});
+  if (block < 1 || block > (int64_t{1} << 30)) TVM_FFI_THROW(ValueError) << "block is " << block;
+  if (depth < 1 || depth > 4096) TVM_FFI_THROW(ValueError) << "depth must be 1 to 4096, got " << depth;
+  return io::read_blocks(path, pointer<const int64_t>(offsets), offsets.numel(), block, static_cast<int>(depth), backend,
+                         direct);
+}
+
 int64_t page_checksum(TensorView data, TensorView identity) {
   check_cpu(data, "data");
   check_type(data, "data", DLDataType{kDLUInt, 8, 1});
@@ -159,5 +169,6 @@ int64_t page_crc32c(TensorView data) {
 }  // namespace hici::bindings
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(page_file_open, hici::bindings::page_file_open);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_blocks, hici::bindings::read_blocks);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(page_checksum, hici::bindings::page_checksum);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(page_crc32c, hici::bindings::page_crc32c);

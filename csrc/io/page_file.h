@@ -72,6 +72,7 @@ class PageFile {
   const char* backend() const { return uring_ ? "io_uring" : "threads"; }
   bool direct() const { return direct_; }
   int depth() const { return depth_; }
+  int descriptor() const { return file_; }
 
  private:
   struct Request {

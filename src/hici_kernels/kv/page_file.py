@@ -62,6 +62,7 @@ class PageFile:
         self._call: dict[str, Callable[..., Any]] = {str(k): opened[k] for k in opened}
         self.name, self.backend = str(opened["name"]), str(opened["backend"])
         self.direct = bool(opened["direct"])
+        self.depth, self.descriptor = depth, int(opened["descriptor"])
 
     @property
     def nbytes(self) -> int:
