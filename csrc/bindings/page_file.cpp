@@ -96,11 +96,11 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
   functions.Set("direct", file->pages.direct());
   functions.Set("descriptor", static_cast<int64_t>(file->pages.descriptor()));
   functions.Set("read", ffi::Function::FromTyped(
-      [file](TensorView slots, TensorView numbers, TensorView identity, TensorView checksums) {
-        return file->pages.submit(request(*file, slots, numbers, identity, &checksums), false);
+      [file](TensorView slots, TensorView numbers, TensorView identity, TensorView checksums, bool ahead) {
+        return file->pages.submit(request(*file, slots, numbers, identity, &checksums), false, ahead);
       }));
   functions.Set("write", ffi::Function::FromTyped([file](TensorView slots, TensorView numbers, TensorView identity) {
-    return file->pages.submit(request(*file, slots, numbers, identity, nullptr), true);
+    return file->pages.submit(request(*file, slots, numbers, identity, nullptr), true, false);
   }));
   functions.Set("wait", ffi::Function::FromTyped([file](int64_t number, TensorView checksums, TensorView outcome) {
     std::vector<uint64_t> sums;

@@ -45,7 +45,7 @@ void sweep(const std::string& directory) {
 
 }  // namespace
 
-PageFile::PageFile(const Options& options, int& error) : options_(options), owner_(getpid()) {
+PageFile::PageFile(const Options& options, int& error) : options_(options), owner_(getpid()), turns_(std::make_unique<Turns>()) {
   sweep(options_.directory);
   std::random_device random;
   for (int tries = 0; file_ < 0; ++tries) {
@@ -88,6 +88,7 @@ PageFile::~PageFile() {
     if (queue_) queue_->abandon();
     queue_.reset();
     if (file_ >= 0) ::close(file_);
+    turns_.release();
     return;
   }
   close();
@@ -97,28 +98,49 @@ bool PageFile::foreign() const { return getpid() != owner_; }
 
 void PageFile::close() {
   if (foreign()) return;
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(turns_->mutex);
   waiting_.clear();
-  while (flying_ > 0) drain();
+  turns_->stop = true;
+  turns_->changed.notify_all();
+  if (turns_->helper.joinable()) {
+    std::thread helper = std::move(turns_->helper);
+    lock.unlock();
+    helper.join();
+    lock.lock();
+  }
+  while (flying_ > 0) {
+    waiting_.clear();
+    progress(lock);
+  }
   queue_.reset();
-  requests_.clear();
+  for (auto& [number, r] : requests_)
+    if (r.left > 0) r.outcome.code = Outcome::kClosed, r.left = 0;
   if (file_ >= 0) ::close(file_);
   file_ = -1;
+  turns_->changed.notify_all();
 }
 
-int64_t PageFile::submit(std::vector<Page> pages, bool write) {
+int64_t PageFile::submit(std::vector<Page> pages, bool write, bool ahead) {
   if (foreign()) return 0;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t number = next_request_++;
   const int64_t count = static_cast<int64_t>(pages.size());
-  Request r{std::move(pages), std::vector<int64_t>(count), std::vector<char>(count), write, count, {}};
-  if (file_ < 0) r.outcome.code = Outcome::kClosed, r.left = 0;
+  Request r{std::move(pages), std::vector<int64_t>(count), std::vector<char>(count), write, ahead, count, {}};
   if (write)
     for (Page& p : r.pages) p.checksum = checksum(p.data, options_.page_bytes, p.identity, kIdentity);
-  const int64_t left = r.left;
+  const std::lock_guard<std::mutex> lock(turns_->mutex);
+  const int64_t number = next_request_++;
+  const bool closed = file_ < 0 || turns_->stop;
+  if (closed) r.outcome.code = Outcome::kClosed, r.left = 0;
+  if (r.left == 0) r.ahead = false;
+  const bool carried = r.ahead;
   requests_.emplace(number, std::move(r));
-  for (int64_t i = 0; i < left; ++i) waiting_.emplace_back(number, i);
-  if (file_ >= 0) pump();
+  if (closed) return number;
+  for (int64_t i = 0; i < count; ++i) waiting_.emplace_back(number, i);
+  if (carried) {
+    ++turns_->ahead;
+    if (!turns_->helper.joinable()) turns_->helper = std::thread([this] { help(); });
+    turns_->changed.notify_all();
+  }
+  pump();
   return number;
 }
 
@@ -128,7 +150,7 @@ Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
     outcome.code = Outcome::kForked;
     return outcome;
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(turns_->mutex);
   const auto found = requests_.find(request);
   if (found == requests_.end()) {
     outcome.code = file_ < 0 ? Outcome::kClosed : Outcome::kUnknown;
@@ -136,10 +158,7 @@ Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
   }
   Request& r = found->second;
   const double began = now();
-  while (r.left > 0) {
-    pump();
-    if (r.left > 0) drain();
-  }
+  while (r.left > 0) progress(lock);
   if (!r.write) counters_.stall_s += now() - began;
   if (checksums)
     for (const Page& p : r.pages) checksums->push_back(p.checksum);
@@ -148,13 +167,39 @@ Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
   return outcome;
 }
 
+// One turn of waiting for the queue, or for whoever has the turn.
+void PageFile::progress(std::unique_lock<std::mutex>& lock) {
+  pump();
+  if (turns_->taken) {
+    turns_->changed.wait(lock);
+    return;
+  }
+  if (flying_ == 0) return;
+  turns_->taken = true;
+  lock.unlock();
+  queue_->idle();
+  lock.lock();
+  turns_->taken = false;
+  pump();
+  turns_->changed.notify_all();
+}
+
+void PageFile::help() {
+  std::unique_lock<std::mutex> lock(turns_->mutex);
+  for (;;) {
+    turns_->changed.wait(lock, [this] { return turns_->stop || turns_->ahead > 0; });
+    if (turns_->stop) return;
+    progress(lock);
+  }
+}
+
 Outcome PageFile::reserve(int64_t count) {
   Outcome outcome;
   if (foreign()) {
     outcome.code = Outcome::kForked;
     return outcome;
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(turns_->mutex);
   if (file_ < 0) {
     outcome.code = Outcome::kClosed;
     return outcome;
@@ -186,31 +231,34 @@ Outcome PageFile::reserve(int64_t count) {
 }
 
 Counters PageFile::counters() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(turns_->mutex);
   return counters_;
 }
 
 void PageFile::inject(const Fault& fault) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(turns_->mutex);
   faults_.add(fault);
 }
 
 void PageFile::clear_faults() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(turns_->mutex);
   faults_.clear();
 }
 
 void PageFile::pump() {
-  while (!waiting_.empty() && flying_ < depth_) {
-    const auto [request, item] = waiting_.front();
-    waiting_.pop_front();
-    start(request, item);
-  }
-  if (flying_ > 0) {  // hands over what is still unsent, and takes what has ended already
-    queue_->reap(done_, false);
-    std::vector<Transfer> done;
-    done.swap(done_);
-    for (const Transfer& t : done) finish(t);
+  for (;;) {
+    while (!waiting_.empty() && flying_ < depth_) {
+      const auto [request, item] = waiting_.front();
+      waiting_.pop_front();
+      start(request, item);
+    }
+    if (flying_ == 0) return;
+    queue_->flush();
+    if (turns_->taken) return;
+    std::vector<Transfer> ended;
+    queue_->reap(ended, false);
+    if (ended.empty()) return;
+    for (const Transfer& t : ended) finish(t);
   }
 }
 
@@ -221,12 +269,6 @@ void PageFile::start(int64_t request, int64_t item) {
   if (flying_++ == 0) busy_since_ = now();
   queue_->submit({r.write, p.data + moved, options_.stride - moved, p.number * options_.stride + moved,
                   request << kItemBits | item, 0});
-}
-
-void PageFile::drain() {
-  std::vector<Transfer> done;
-  queue_->reap(done, true);
-  for (const Transfer& t : done) finish(t);
 }
 
 void PageFile::finish(const Transfer& t) {
@@ -286,12 +328,16 @@ void PageFile::settle(Request& r, int64_t item) {
   // one cache is enough, and it is not the kernel's; a page it has not written yet stays until it has
   if (!direct_) posix_fadvise(file_, p.number * options_.stride, options_.stride, POSIX_FADV_DONTNEED);
 #endif
-  --r.left;
+  done(r);
+}
+
+void PageFile::done(Request& r) {
+  if (--r.left == 0 && r.ahead) --turns_->ahead;
 }
 
 void PageFile::fail(Request& r, int64_t item, int64_t code, int64_t error) {
   if (r.outcome.code == Outcome::kOk) r.outcome = {code, item, error};
-  --r.left;
+  done(r);
 }
 
 }  // namespace hici::io

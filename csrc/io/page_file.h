@@ -1,12 +1,14 @@
 // A nameless file of pages of one size, read and written many at a time, every page verified when it is read.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "faults.h"
@@ -57,8 +59,9 @@ class PageFile {
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;
 
-  // Begins a request and returns its number. Memory must stay until wait() or close().
-  int64_t submit(std::vector<Page> pages, bool write);
+  // Begins a request and returns its number. Memory must stay until wait() or close(). With `ahead`, a thread of the file
+  // carries it on while the caller does something else.
+  int64_t submit(std::vector<Page> pages, bool write, bool ahead);
   // Ends a request; of a write, fills `checksums`.
   Outcome wait(int64_t request, std::vector<uint64_t>* checksums);
   // Room for pages [0, count), so that a full disk is found before anything is written.
@@ -79,18 +82,30 @@ class PageFile {
     std::vector<Page> pages;
     std::vector<int64_t> moved;  // bytes so far
     std::vector<char> tried;     // times
-    bool write;
+    bool write, ahead;
     int64_t left;
     Outcome outcome;
   };
 
+  // What a fork must leave alone: the thread is not in the child, and who waited still counts as waiting.
+  struct Turns {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::thread helper;
+    bool taken = false;  // somebody waits for the queue: only they reap
+    bool stop = false;
+    int64_t ahead = 0;  // requests that the helper carries on
+  };
+
   bool foreign() const;
   void pump();
+  void progress(std::unique_lock<std::mutex>& lock);
+  void help();
   void start(int64_t request, int64_t item);
   void finish(const Transfer& t);
   void settle(Request& r, int64_t item);
   void fail(Request& r, int64_t item, int64_t code, int64_t error);
-  void drain();
+  void done(Request& r);
 
   Options options_;
   std::string name_;
@@ -100,12 +115,11 @@ class PageFile {
   std::unique_ptr<Queue> queue_;
   std::map<int64_t, Request> requests_;
   std::deque<std::pair<int64_t, int64_t>> waiting_;  // (request, item)
-  std::vector<Transfer> done_;
   int64_t next_request_ = 1;
   double busy_since_ = 0;
   Counters counters_;
   Faults faults_;
-  std::mutex mutex_;
+  std::unique_ptr<Turns> turns_;
 };
 
 }  // namespace hici::io

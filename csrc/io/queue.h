@@ -16,7 +16,7 @@ struct Transfer {
   int64_t result;  // bytes moved, or -errno
 };
 
-// Not safe for several threads. Every transfer given in comes back once; those in flight at destruction are waited for.
+// Not safe for several threads, but for idle(). Every transfer given in comes back once; those in flight at destruction are waited for.
 class Queue {
  public:
   virtual ~Queue() = default;
@@ -26,6 +26,11 @@ class Queue {
   virtual void submit(const Transfer& transfer) = 0;
   // Adds what has ended to `done`; with `wait`, at least one.
   virtual void reap(std::vector<Transfer>& done, bool wait) = 0;
+  // Sends what submit() has kept back.
+  virtual void flush() = 0;
+  // Returns when reap() would find something, provided that something is in flight and nobody else reaps meanwhile. Other
+  // threads may submit() and flush().
+  virtual void idle() = 0;
   // In a forked child: lets go of everything without touching what the parent still uses.
   virtual void abandon() = 0;
 };

@@ -50,6 +50,13 @@ class Threads final : public Queue {
     shared_->done.clear();
   }
 
+  void flush() override {}
+
+  void idle() override {
+    std::unique_lock<std::mutex> lock(shared_->mutex);
+    shared_->ended.wait(lock, [&] { return !shared_->done.empty(); });
+  }
+
   void abandon() override { abandoned_ = true; }
 
  private:

@@ -79,6 +79,14 @@ class Uring final : public Queue {
     }
   }
 
+  void flush() override {
+    while (unsent_ > 0) send(0);
+  }
+
+  void idle() override {
+    while (*cq_head_ == __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) wait_only();
+  }
+
   void abandon() override { abandoned_ = true; }
 
  private:
@@ -88,6 +96,8 @@ class Uring final : public Queue {
     madvise(m, bytes, MADV_DONTFORK);  // a child must not move the parent's ring
     return m;
   }
+
+  void wait_only() { syscall(SYS_io_uring_enter, ring_, 0u, 1u, IORING_ENTER_GETEVENTS, nullptr, 0); }
 
   void send(unsigned wait) {
     const long sent = syscall(SYS_io_uring_enter, ring_, static_cast<unsigned>(unsent_), wait,

@@ -252,6 +252,28 @@ def test_bank_evicts_the_least_recently_used() -> None:
             assert {int(p) for p in bank.page if p >= 0} == set(when)
 
 
+@pytest.mark.parametrize("slots", [30, 45, 59])
+def test_bank_keeps_what_fits_of_a_cycle_that_does_not(slots: int) -> None:
+    """Six users of ten pages each in turn: least-recently-used alone would miss every page of every round."""
+    bank = Bank(slots, 6)
+    misses = 0
+    for turn in range(20 * 6):
+        pages = torch.arange(10) + 10 * (turn % 6)
+        found = bank.find(pages)
+        bank.place(pages[found < 0])
+        if turn >= 60:
+            misses += int((found < 0).sum())
+        assert torch.equal(bank.page[bank.slot[pages].long()], pages)
+        assert int((bank.page >= 0).sum()) == min(slots, 10 * (turn + 1)) == len(bank.page[bank.page >= 0].unique())
+    assert 60 - slots <= misses / 10 <= 1.5 * (60 - slots) + 1
+    # other pages: what nobody asks for any more leaves
+    for turn in range(12):
+        pages = torch.arange(5) + 1000 + 5 * (turn % 6)
+        found = bank.find(pages)
+        bank.place(pages[found < 0])
+        assert turn < 6 or (found >= 0).all()
+
+
 def test_columns_are_runs() -> None:
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -329,7 +351,7 @@ def test_prefetch_finds_what_the_next_layer_reads(tmp_path) -> None:
         return {n: after[n] - before[n] for n in ("hits", "misses")}
 
     without, with_ = run(False), run(True)
-    assert without["misses"] > 100
+    assert without["misses"] > 50
     assert with_["misses"] < without["misses"] / 3
 
 

@@ -4,7 +4,7 @@ A Qwen3-8B layer (32/8 heads, D 128, bfloat16): a page (64 keys and values of on
 The history is random numbers written through the store's own tier; routes of a decode step are given, so that the steps
 of all tiers do the same work:
 
-    repeated   every layer opens the groups it opened before, but for a share CHANGED of them (on real text 99 % repeat)
+    repeated   every layer opens the groups it opened before, but for a share CHANGED of them; heads agree in nothing
     disjoint   every step opens groups at random, no two query heads the same
 
 Host memory of the tier "disk" is a sixteenth of the history. "fetching" is the time a step spends in the tier.
@@ -33,6 +33,7 @@ from .shapes import LLAMA3_8B, Layer, drawn
 
 CHANGED = 0.01
 DEPTH = 32
+REQUEST = 512  # pages: what 32 query heads that agree in nothing open in one step of a layer
 
 
 class Size(NamedTuple):
@@ -163,7 +164,7 @@ def _filled(size: Size, tier: str, path: str | None, **more: Any) -> Iterator[KV
     no_routes = step.route_forward, step.attention_forward
     try:
         # what is appended does not depend on what is attended
-        step.route_forward, step.attention_forward = _no_routes, _no_attention  # type: ignore[assignment]
+        step.route_forward, step.attention_forward = _no_routes, _no_attention
         for number in range(size.layers):
             for start in range(0, size.tokens, 4096):
                 k, v = (drawn(size.dtype, 7 * number + start + i, 1, 4096, layer.hkv, layer.d) for i in range(2))
@@ -193,7 +194,7 @@ def _described(size: Size, store: KVStore) -> dict[str, Any]:
 
 
 def _reading(store: KVStore, size: Size, rounds: int) -> dict[str, Any]:
-    """Distinct random pages, in requests of 256: a bare reader of the same file, and the tier."""
+    """Distinct random pages, in requests of REQUEST: a bare reader of the same file, and the tier."""
     assert store._engine is not None
     tier: Any = store._engine.tier
     records: Records = store._engine.records
@@ -204,7 +205,7 @@ def _reading(store: KVStore, size: Size, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"bare": [], "threads": [], "tier": []}
     generator = torch.Generator().manual_seed(0)
     count = min(size.reads, last)
-    batch = max(1, min(256, tier.bank.slots))
+    batch = max(1, min(REQUEST, tier.bank.slots))
     for _ in range(rounds + 1):
         pages = torch.randperm(last, generator=generator)[:count]
         parts = pages.split(batch)
@@ -241,8 +242,12 @@ class _Routes:
 
     def _draw(self, heads: int) -> Tensor:
         kg = min(self.config.topk_groups, self.pool)
-        picks = torch.rand(heads, self.pool, generator=self.generator).topk(kg).indices
-        return picks + self.config.keep_first * self.config.groups_per_chunk
+        m = self.config.groups_per_chunk
+        chunks = torch.rand(heads, self.pool // m, generator=self.generator)
+        chunks = chunks.topk(min(self.config.topk_chunks, self.pool // m)).indices
+        picks = torch.rand(heads, chunks.shape[1] * m, generator=self.generator)
+        picks = picks.topk(min(kg, picks.shape[1])).indices
+        return chunks.gather(1, picks // m) * m + picks % m + self.config.keep_first * m
 
     def next(self, layer: int) -> Tensor:
         if self.kind == "disjoint":
@@ -282,7 +287,7 @@ def _steps(near: KVStore, far: KVStore, size: Size, routes: str) -> dict[str, An
                 with _timed(store._engine.tier) as spent:
                     began = time.perf_counter()
                     for i in range(size.layers):
-                        step.route_forward = lambda *_, chosen=step_routes[i]: chosen  # type: ignore[assignment]
+                        step.route_forward = lambda *_, chosen=step_routes[i]: chosen
                         outs[name].append(store.attend(i, *x))
                     times[name].append((time.perf_counter() - began) / size.layers)
                 fetching[name].append(spent[0] / size.layers)

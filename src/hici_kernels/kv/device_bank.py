@@ -17,12 +17,14 @@ from .tier import Tier
 class DeviceBank:
     """Pages that were used lately, on the device; ``slots`` of them. A request for more is served without the bank."""
 
-    def __init__(self, lower: Tier, slots: int, device: torch.device, layout: Layout, meter: Meter) -> None:
+    def __init__(
+        self, lower: Tier, slots: int, device: torch.device, layout: Layout, meter: Meter, cycle: int = 1
+    ) -> None:
         self.lower, self.layout, self.meter, self.device = lower, layout, meter, device
         size = slots * layout.page_bytes
         meter.require("device", size, f"a bank of {slots} pages")
         meter.set("device", "bank", size)
-        self.bank = Bank(slots)
+        self.bank = Bank(slots, cycle)
         self.memory = torch.empty(slots, layout.page_bytes, dtype=torch.uint8, device=device)
         self._enter_lists()
         self.hits = self.misses = self.moved = 0

@@ -31,12 +31,13 @@ class Disk:
         backend: str,
         direct: bool,
         pinned: bool,
+        cycle: int = 1,
     ) -> None:
         self.layout, self.meter, self.records = layout, meter, records
         size = slots * layout.stride
         meter.require("host", size, f"a bank of {slots} pages of {layout.stride} bytes")
         meter.set("host", "bank", size)
-        self.bank = Bank(slots)
+        self.bank = Bank(slots, cycle)
         self.memory = aligned(slots, layout.stride, pinned)
         self.file = PageFile(
             directory, self.memory, layout.page_bytes, records, depth=depth, backend=backend, direct=direct
@@ -90,13 +91,13 @@ class Disk:
 
     def prefetch(self, pages: Tensor) -> None:
         self._arrive()
-        absent = self.bank.absent(pages)[: self.bank.slots // 2]
+        # what the present request uses stays
+        absent = self.bank.absent(pages)[: self.bank.unused()]
         if not len(absent):
             return
-        self.bank.find(absent)
         slots = self.bank.place(absent)
         self.prefetched += len(absent)
-        self._coming = self.file.begin(slots, absent), absent
+        self._coming = self.file.begin(slots, absent, ahead=True), absent
 
     def counters(self) -> dict[str, float]:
         file = self.file.counters()

@@ -85,9 +85,9 @@ class PageFile:
         self._check(outcome, pages, "writing")
         self.sums[pages] = sums
 
-    def begin(self, slots: Tensor, pages: Tensor) -> int:
-        """Begin to read pages into slots; returns the request."""
-        return int(self._call["read"](slots, pages, self.records.identity(pages), self.sums[pages]))
+    def begin(self, slots: Tensor, pages: Tensor, *, ahead: bool = False) -> int:
+        """Begin to read pages into slots; returns the request. ahead: a thread of the file carries it on meanwhile."""
+        return int(self._call["read"](slots, pages, self.records.identity(pages), self.sums[pages], ahead))
 
     def end(self, request: int, pages: Tensor) -> None:
         """Wait for a request of these pages, each of which is then verified."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class Engine:
     ) -> None:
         self.config, self.rope, self.device, self.layout = config, rope, device, layout
         self.records, self.tier, self.meter = records, tier, meter
+        # called when a layer's pages are at hand and its attention is still to come
+        self.fetched: Callable[[], None] = _nothing
         self.heads = {"k": layout.kv_heads, "v": layout.kv_heads}
         if config.routing == "prefix":
             self.heads["q"] = layout.query_heads
@@ -366,6 +369,7 @@ class Engine:
             middle: tuple[Tensor | None, Tensor | None] = (None, None)
             if found.most:
                 groups = self.tier.groups(page, found.group % self.config.groups_per_chunk).to(self.device)
+                self.fetched()
                 middle = routed.spread(found, groups, q.shape[0], layout.kv_heads, self.config.groups_per_chunk)
             keys, values = (
                 compact.join(state.buffers.get(f"sinks.{n}"), part, recent[n], total, c)
@@ -404,3 +408,7 @@ class Engine:
                     continue
                 left = x[rows, skip : skip + count]
                 tail[rows, :count] = left.clone() if in_place else left
+
+
+def _nothing() -> None:
+    pass

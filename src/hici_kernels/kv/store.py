@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -198,6 +199,7 @@ class KVStore:
         mask = None if attention_mask is None else (attention_mask != 0).cpu()
         with self._lock:
             engine = self._build(q.shape[2])
+            engine.fetched = functools.partial(self._look_ahead, layer, q.shape[1])
             state = self._layers[layer]
             engine.rebuild_tail(state)
             graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -209,7 +211,8 @@ class KVStore:
                     engine.commit(state, step)
             else:
                 out = engine.run_all(state, q, k, v, mask, impl)
-            self._look_ahead(layer, q.shape[1])
+            if q.shape[1] > DECODE_QUERIES:
+                state.last_pages = None
         return out
 
     @contextlib.contextmanager
@@ -432,9 +435,9 @@ class KVStore:
             slots = (left - lists) // (layout.stride + BANK_LIST_BYTES)
             if slots < 1:
                 raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
-            lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, **self._io)  # type: ignore[arg-type]
+            lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
         slots = self._device_slots(layout)
-        return lower if slots == 0 else DeviceBank(lower, slots, self.device, layout, self._meter)
+        return lower if slots == 0 else DeviceBank(lower, slots, self.device, layout, self._meter, self.layers)
 
     def _device_slots(self, layout: Layout) -> int:
         if self.bank_pages is not None:
@@ -446,10 +449,9 @@ class KVStore:
         return DEFAULT_BANK_PAGES if left is None else min(DEFAULT_BANK_PAGES, left // 2 // layout.page_bytes)
 
     def _look_ahead(self, layer: int, queries: int) -> None:
+        """Ask for what the next layer used in the step before; called when this layer has what it needs."""
         engine = self._engine
         assert engine is not None
-        if queries > DECODE_QUERIES:
-            self._layers[layer].last_pages = None
         pages = self._layers[(layer + 1) % self.layers].last_pages
         if self.prefetch and self.layers > 1 and queries <= DECODE_QUERIES and pages is not None:
             engine.tier.prefetch(pages[engine.records.alive(pages)])
