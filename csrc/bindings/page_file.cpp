@@ -72,7 +72,7 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
   check_type(view, "bank", DLDataType{kDLUInt, 8, 1});
   check_contiguous(view, "bank");
   if (view.ndim() != 2) TVM_FFI_THROW(ValueError) << "bank must have 2 dimensions, got shape " << view.shape();
-  const int64_t stride = view.size(1);
+  const int64_t slots = view.size(0), stride = view.size(1);
   if (page_bytes < 1 || page_bytes > stride || stride % PageFile::kAlignment)
     TVM_FFI_THROW(ValueError) << "pages of " << page_bytes << " bytes do not fit a bank of " << view.shape();
   if (reinterpret_cast<uintptr_t>(view.data_ptr()) % PageFile::kAlignment)
@@ -91,6 +91,7 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
     return functions;
   }
   report({}, outcome);
+  io::ask_for_large_pages(static_cast<char*>(view.data_ptr()), slots * stride);
   functions.Set("name", ffi::String(file->pages.name()));
   functions.Set("backend", ffi::String(file->pages.backend()));
   functions.Set("direct", file->pages.direct());

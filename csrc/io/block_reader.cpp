@@ -8,7 +8,7 @@
 #include <chrono>
 #include <cstdlib>
 
-#include "queue.h"
+#include "page_file.h"
 
 namespace hici::io {
 
@@ -23,7 +23,13 @@ double read_blocks(const std::string& path, const int64_t* offsets, int64_t coun
   std::unique_ptr<Queue> queue = backend == "threads" ? nullptr : make_uring(file, depth);
   if (!queue) queue = make_threads(file, depth);
   depth = std::min(depth, queue->depth());
-  char* memory = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>((depth * block + 4095) / 4096 * 4096)));
+  constexpr int64_t kLarge = int64_t{2} << 20;
+  const int64_t bytes = (depth * block + kLarge - 1) / kLarge * kLarge;
+  char* memory = static_cast<char*>(std::aligned_alloc(kLarge, static_cast<size_t>(bytes)));
+  if (memory) {
+    ask_for_large_pages(memory, bytes);
+    for (int64_t i = 0; i < bytes; i += 4096) memory[i] = 0;
+  }
   std::vector<int> free;
   for (int i = 0; i < depth; ++i) free.push_back(i);
   std::vector<Transfer> done;

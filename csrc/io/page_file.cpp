@@ -3,6 +3,9 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -44,6 +47,18 @@ void sweep(const std::string& directory) {
 }
 
 }  // namespace
+
+void ask_for_large_pages(char* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kLarge * kLarge;
+  // a refusal costs speed only
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 PageFile::PageFile(const Options& options, int& error) : options_(options), owner_(getpid()), turns_(std::make_unique<Turns>()) {
   sweep(options_.directory);
@@ -246,19 +261,21 @@ void PageFile::clear_faults() {
 }
 
 void PageFile::pump() {
+  std::vector<Transfer> ended;
   for (;;) {
     while (!waiting_.empty() && flying_ < depth_) {
       const auto [request, item] = waiting_.front();
       waiting_.pop_front();
       start(request, item);
     }
-    if (flying_ == 0) return;
-    queue_->flush();
-    if (turns_->taken) return;
-    std::vector<Transfer> ended;
-    queue_->reap(ended, false);
-    if (ended.empty()) return;
+    if (flying_ > 0) queue_->flush();
+    // verified with the next transfers on their way
     for (const Transfer& t : ended) finish(t);
+    ended.clear();
+    if (flying_ > 0 && !turns_->taken) queue_->reap(ended, false);
+    flying_ -= static_cast<int>(ended.size());
+    if (flying_ == 0 && !ended.empty()) counters_.busy_s += now() - busy_since_;
+    if (ended.empty() && (waiting_.empty() || flying_ == depth_)) return;
   }
 }
 
@@ -272,7 +289,6 @@ void PageFile::start(int64_t request, int64_t item) {
 }
 
 void PageFile::finish(const Transfer& t) {
-  if (--flying_ == 0) counters_.busy_s += now() - busy_since_;
   const int64_t number = t.tag >> kItemBits, item = t.tag & ((int64_t{1} << kItemBits) - 1);
   const auto found = requests_.find(number);
   if (found == requests_.end()) return;

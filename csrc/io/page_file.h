@@ -48,6 +48,9 @@ struct Options {
   bool direct = true;
 };
 
+// Asks for large pages under memory that has not been touched yet: direct transfers pin it page by page.
+void ask_for_large_pages(char* memory, int64_t bytes);
+
 // Safe for several threads: one call at a time. After a fork the child gets kForked and leaves the file to its parent.
 class PageFile {
  public:

@@ -15,14 +15,17 @@ from rich.progress import track
 
 from .. import _dispatch, _native
 from . import ceilings as limits
-from . import chart, decode, machine, report
+from . import chart, decode, kv_store, machine, report
 from .case import Case
 from .goals import goals
 from .run import measure
 from .shapes import SUITES
 
-#: What ``--op`` may name: operations, the layer made of them, and the table of decode-sized calls.
-SUBJECTS = (*_dispatch.OPS, "hici_layer", "decode")
+#: What ``--op`` may name: operations, the layer made of them, the table of decode-sized calls, and the store on disk.
+SUBJECTS = (*_dispatch.OPS, "hici_layer", "decode", "kv_store")
+HGA = ("hga_summaries", "hga_route", "hga_attention", "kv_store")
+#: Subjects that are no list of cases.
+TABLES = ("decode", "kv_store")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,7 +46,7 @@ def run(
     Raises:
         ValueError: an unknown name, naming the choices, before any work.
     """
-    chosen = _names("--op", ops, SUBJECTS) or list(SUBJECTS)
+    chosen = _names("--op", ops, SUBJECTS) or list(HGA if suite == "hga" else SUBJECTS)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
     kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
     _names("--suite", suite, SUITES)
@@ -57,9 +60,10 @@ def run(
     if chart_path is not None:
         chart.require_matplotlib()
     wanted = None if kind is None else DTYPES[kind]
-    cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
+    cases = [c for op in chosen if op not in TABLES for c in load(op, suite) if wanted in (None, c.dtype)]
     points = [p for p in decode.points(suite) if wanted in (None, p.dtype)] if "decode" in chosen else []
-    if not cases and not points:
+    stored = kv_store.sizes(suite) if "kv_store" in chosen and wanted in (None, torch.bfloat16) else []
+    if not cases and not points and not stored:
         kinds = "" if kind is None else f" with --dtype {kind}"
         raise ValueError(f"--suite {suite} has no case of --op {', '.join(chosen)}{kinds}")
     before = torch.get_num_threads()
@@ -70,10 +74,14 @@ def run(
             result = _measure(console, cases, points, sides, rounds)
     finally:
         torch.set_num_threads(before)
+    if stored:
+        result["kv_store"] = [kv_store.measure(size) for size in stored]
     result = {"suite": suite, "rounds": rounds, "path": result["ceilings"]["path"], **result}
     rows, decoded = result["cases"], result["decode"]
     report.show_rows(console, rows)
     report.show_decode(console, decoded)
+    for found in result.get("kv_store", []):
+        kv_store.show(lambda line: console.print(line, markup=False), found)
     report.show_ceilings(console, result["ceilings_after"], "ceilings again, after all cases")
     result["goals"] = goals(rows, decoded, result["ceilings"]) if suite == "cpu" else []
     if result["goals"]:

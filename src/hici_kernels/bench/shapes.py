@@ -23,8 +23,8 @@ LLAMA3_8B = Layer("Llama-3-8B layer", 4096, 32, 8, 128)
 LLAMA2_7B = Layer("Llama-2-7B layer", 4096, 32, 32, 128)
 
 #: Named lists of cases. "quick": small shapes; "cpu": what the CPU kernels are judged by; "layers": every operation at
-#: a real layer, at lengths that references can take.
-SUITES = ("quick", "cpu", "layers")
+#: a real layer, at lengths that references can take; "hga": routed attention, and its history on disk.
+SUITES = ("quick", "cpu", "layers", "hga")
 
 
 def normal(seed: int, *shape: int) -> Tensor:
