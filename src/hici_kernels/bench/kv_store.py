@@ -48,7 +48,7 @@ class Size(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
 
-FULL = Size(LLAMA3_8B, 8, 65536, 4096, 30)
+FULL = Size(LLAMA3_8B, 8, 65536, 4096, 15)
 TEST = Size(Layer("tiny", 64, 4, 2, 16), 2, 4096, 64, 3)
 
 
