@@ -166,16 +166,17 @@ def _filled(size: Size, tier: str, path: str | None, **more: Any) -> Iterator[KV
     """A store of ``tokens`` random tokens in every layer, without the attention that would have put them there."""
     store = _make(size, tier, path, **more)
     config, layer = store.config, size.layer
-    no_routes = step.route_forward, step.attention_forward
+    held = step.route_forward, step.attention_forward, step.summaries_forward
     try:
-        # what is appended does not depend on what is attended
+        # what is appended does not depend on what is attended, and routes are given later
         step.route_forward, step.attention_forward = _no_routes, _no_attention
+        step.summaries_forward = _no_summaries
         for number in range(size.layers):
             for start in range(0, size.tokens, 4096):
                 k, v = (drawn(size.dtype, 7 * number + start + i, 1, 4096, layer.hkv, layer.d) for i in range(2))
                 store.attend(number, k.repeat_interleave(layer.hq // layer.hkv, 2), k, v)
     finally:
-        step.route_forward, step.attention_forward = no_routes
+        step.route_forward, step.attention_forward, step.summaries_forward = held
     assert store.lengths.tolist() == [size.tokens] and config.keep_first
     with store:
         yield store
@@ -183,6 +184,11 @@ def _filled(size: Size, tier: str, path: str | None, **more: Any) -> Iterator[KV
 
 def _no_routes(q: Tensor, *_: Any) -> Tensor:
     return torch.full((*q.shape[:3], 1), -1, dtype=torch.int32)
+
+
+def _no_summaries(k: Tensor, _inv_freq: Tensor, _positions: Any, c: int, g: int, *_: Any) -> tuple[Tensor, Tensor]:
+    b, s, h, d = k.shape
+    return k.new_zeros(b, s // c, h, d), k.new_zeros(b, s // c, c // g, h, d)
 
 
 def _no_attention(q: Tensor, *_: Any) -> tuple[Tensor, None, None]:
