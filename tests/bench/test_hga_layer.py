@@ -51,5 +51,5 @@ def test_disjoint_routes_and_their_bytes() -> None:
 
 def test_options_that_mean_nothing_are_refused() -> None:
     rest = {"threads": None, "rounds": 7, "json_path": None, "chart_path": None}
-    with pytest.raises(ValueError, match="--op has no meaning"):
+    with pytest.raises(ValueError, match="--op must be among hga_layer, kv_store"):
         command.run(ops="attention", impls=None, dtype=None, suite="hga", **rest)
