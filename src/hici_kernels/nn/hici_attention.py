@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks, segments
+from .. import segments
 from ..config import HiCIConfig
-from ..ops.local_slots.api import resolve_total
 from ..rope import Rope
 from .attention_layer import AttentionLayer
-from .global_integrator import GlobalIntegrator
 from .hici_cache import HiCICache, SegmentCache, TokenCache
 from .layer_checks import check_forward
-from .local_constructor import LocalConstructor
-from .slot_attention import SlotAttention
+from .slot_attention import SlotAttention, slot_modules
 
 
 class HiCIAttention(SlotAttention, AttentionLayer):
@@ -63,22 +60,7 @@ class HiCIAttention(SlotAttention, AttentionLayer):
         if not isinstance(config, HiCIConfig):
             raise TypeError(f"config must be a HiCIConfig, got {type(config).__name__}")
         self.config = config
-        self.local_constructor = LocalConstructor(
-            hidden_size,
-            config.num_local_slots,
-            config.num_heads,
-            config.bottleneck_dim,
-            "uniform" if config.empty == "uniform" else "zero",
-            impl=impl,
-        )
-        self.global_integrator = GlobalIntegrator(
-            hidden_size,
-            config.global_slots,
-            config.integrator_num_heads,
-            config.integrator_dim,
-            config.shared_compress_dim,
-            impl=impl,
-        )
+        self.local_constructor, self.global_integrator = slot_modules(hidden_size, config, impl)
 
     def forward(
         self,
@@ -106,7 +88,7 @@ class HiCIAttention(SlotAttention, AttentionLayer):
         """
         check_forward(self, hidden, positions, attention_mask)
         if cu_seqlens is not None:
-            total_segments = self._check_packed(hidden, cu_seqlens, attention_mask, cache, total_segments)
+            total_segments = self.check_packed(hidden, cu_seqlens, attention_mask, cache, total_segments)
             cu_seqlens = cu_seqlens.to(hidden.device)
         if cache is not None:
             expected = SegmentCache if self.config.decode == "segment" else TokenCache
@@ -131,26 +113,6 @@ class HiCIAttention(SlotAttention, AttentionLayer):
             cache=cache,
             output=self.o_proj,
         )
-
-    def _check_packed(
-        self,
-        hidden: Tensor,
-        cu_seqlens: Tensor,
-        attention_mask: Tensor | None,
-        cache: HiCICache | None,
-        total_segments: int | None,
-    ) -> int:
-        if self.config.segment_len is None:
-            raise ValueError("cu_seqlens needs config.segment_len, got segment_len=None")
-        if cache is not None:
-            raise ValueError("cu_seqlens cannot be combined with a cache: packed documents are for training")
-        total = resolve_total(hidden.shape[1], self.config.segment_len, cu_seqlens, total_segments, hidden.shape[0])
-        if attention_mask is not None and self.config.cut == "token" and not _checks.readable(cu_seqlens):
-            raise ValueError(
-                f"attention_mask with cu_seqlens on {cu_seqlens.device} and cut='token' would need a synchronisation: "
-                "leave masked tokens out of the packed batch"
-            )
-        return total
 
     def _default_positions(self, hidden: Tensor, cu_seqlens: Tensor | None, cache: HiCICache | None) -> Tensor:
         s = hidden.shape[1]

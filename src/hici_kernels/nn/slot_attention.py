@@ -37,6 +37,29 @@ class _Tokens(NamedTuple):
         return self.map(lambda x: x[b : b + 1, at], None)
 
 
+def slot_modules(
+    hidden_size: int, config: HiCIConfig, impl: str | None = None
+) -> tuple[LocalConstructor, GlobalIntegrator]:
+    """The two modules a HiCI layer adds to its host, new."""
+    local_constructor = LocalConstructor(
+        hidden_size,
+        config.num_local_slots,
+        config.num_heads,
+        config.bottleneck_dim,
+        "uniform" if config.empty == "uniform" else "zero",
+        impl=impl,
+    )
+    global_integrator = GlobalIntegrator(
+        hidden_size,
+        config.global_slots,
+        config.integrator_num_heads,
+        config.integrator_dim,
+        config.shared_compress_dim,
+        impl=impl,
+    )
+    return local_constructor, global_integrator
+
+
 class SlotAttention:
     """What :class:`HiCIAttention` does between its projections; a host model with projections of its own uses it too.
 
@@ -58,6 +81,27 @@ class SlotAttention:
         if self.config.decode == "segment":
             return SegmentCache(self.config, batch)
         return TokenCache(self.config, batch)
+
+    def check_packed(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        attention_mask: Tensor | None,
+        cache: HiCICache | None,
+        total_segments: int | None,
+    ) -> int:
+        """The number of segments of packed documents, or an error that says why this layer cannot take them."""
+        if self.config.segment_len is None:
+            raise ValueError("cu_seqlens needs config.segment_len, got segment_len=None")
+        if cache is not None:
+            raise ValueError("cu_seqlens cannot be combined with a cache: packed documents are for training")
+        total = resolve_total(hidden.shape[1], self.config.segment_len, cu_seqlens, total_segments, hidden.shape[0])
+        if attention_mask is not None and self.config.cut == "token" and not _checks.readable(cu_seqlens):
+            raise ValueError(
+                f"attention_mask with cu_seqlens on {cu_seqlens.device} and cut='token' would need a synchronisation: "
+                "leave masked tokens out of the packed batch"
+            )
+        return total
 
     def attend(
         self,

@@ -1,0 +1,11 @@
+"""Models of the transformers library with HiCI or HGA attention. Importing this needs the extra ``[transformers]``."""
+
+from . import versions
+
+versions.check()
+
+from .hga import apply_hga  # noqa: E402
+from .hga_cache import HGACache  # noqa: E402
+from .host import restore  # noqa: E402
+
+__all__ = ["HGACache", "apply_hga", "restore"]
