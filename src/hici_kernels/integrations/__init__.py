@@ -6,6 +6,7 @@ versions.check()
 
 from .hga import apply_hga  # noqa: E402
 from .hga_cache import HGACache  # noqa: E402
+from .hici import apply_hici  # noqa: E402
 from .host import restore  # noqa: E402
 
-__all__ = ["HGACache", "apply_hga", "restore"]
+__all__ = ["HGACache", "apply_hga", "apply_hici", "restore"]

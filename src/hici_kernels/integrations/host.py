@@ -40,7 +40,7 @@ class Host:
         ]
         if len(decoders) != 1:
             raise ValueError(
-                f"model must have one decoder with `layers` and `rotary_emb`, {type(outer).__name__} has {len(decoders)}"
+                f"model must have one decoder with layers and rotary_emb, {type(outer).__name__} has {len(decoders)}"
             )
         found = [layer.self_attn for layer in decoders[0].layers if hasattr(layer, "self_attn")]  # type: ignore[union-attr]
         attentions = [m for m in found if hasattr(m, "layer_idx") and hasattr(m, "head_dim")]

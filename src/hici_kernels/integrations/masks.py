@@ -96,5 +96,7 @@ class Columns:
 def removed_columns(tokens_to_remove: int) -> int:
     """The argument of ``crop``, which transformers gives as a negative number."""
     if tokens_to_remove > 0:
-        raise ValueError(f"tokens_to_remove must be negative (that many columns are taken back), got {tokens_to_remove}")
+        raise ValueError(
+            f"tokens_to_remove must be negative (that many columns are taken back), got {tokens_to_remove}"
+        )
     return -tokens_to_remove
