@@ -8,5 +8,17 @@ from .hga import apply_hga  # noqa: E402
 from .hga_cache import HGACache  # noqa: E402
 from .hici import apply_hici  # noqa: E402
 from .host import restore  # noqa: E402
+from .load import load_hici  # noqa: E402
+from .rope_scaling import apply_rope_scaling  # noqa: E402
+from .save import merge_hici, save_hici  # noqa: E402
 
-__all__ = ["HGACache", "apply_hga", "apply_hici", "restore"]
+__all__ = [
+    "HGACache",
+    "apply_hga",
+    "apply_hici",
+    "apply_rope_scaling",
+    "load_hici",
+    "merge_hici",
+    "restore",
+    "save_hici",
+]

@@ -146,7 +146,14 @@ def hga_forward(
         layer.skip()
     mask = new_tokens(attention_mask, q.shape[1], "HGA")
     out = hga_attention(
-        q, k, v, settings.config, rope=settings.rope, attention_mask=mask, scale=scaling, impl=settings.impl
+        q,
+        k,
+        v,
+        settings.config,
+        rope=settings.rope_on(q.device),
+        attention_mask=mask,
+        scale=scaling,
+        impl=settings.impl,
     )
     assert isinstance(out, Tensor)
     return out, None

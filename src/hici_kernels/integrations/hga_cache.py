@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,16 @@ class HGASettings:
     options: dict[str, Any] = field(default_factory=dict)
     impl: str | None = None
 
+    def rope_on(self, device: torch.device) -> Rope:
+        """The rotation, its frequencies where the model is now."""
+        if self.rope.inv_freq.device == device:
+            return self.rope
+        return dataclasses.replace(self.rope, inv_freq=self.rope.inv_freq.to(device))
+
+    def __deepcopy__(self, memo: Any) -> HGASettings:
+        """Itself: caches and models that are copied still belong to each other."""
+        return self
+
 
 class HGAHistory:
     """The KVStore that all layers of one cache share; made by the first call, which knows batch, dtype and device."""
@@ -44,7 +55,7 @@ class HGAHistory:
         if self.store is None:
             self.store = KVStore(
                 settings.config,
-                rope=settings.rope,
+                rope=settings.rope_on(q.device),
                 layers=settings.layers,
                 kv_heads=settings.kv_heads,
                 head_dim=settings.head_dim,
@@ -149,13 +160,12 @@ class HGALayer(CacheLayerMixin):
             self.history.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(torch.arange(self._batch())[indices.cpu()])
+        if self.index == 0 and self.history.store is not None:
+            self.history.reorder(torch.arange(self.history.store.batch)[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self._batch()).repeat_interleave(repeats))
-
-    def _batch(self) -> int:
-        return 0 if self.history.store is None else self.history.store.batch
+        if self.index == 0 and self.history.store is not None:
+            self.history.reorder(torch.arange(self.history.store.batch).repeat_interleave(repeats))
 
 
 class HGACache(DynamicCache):

@@ -80,9 +80,11 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
 
     config.cut defaults to "token" here: rows of a padded batch equal the rows alone.
 
-    ``generate()`` works with greedy search, sampling, beams and left-padded batches; chunked prefill needs
-    decode="segment"; assisted decoding needs "full" or "slots". A training step (model.train(), gradients enabled)
-    fills no cache. Packed documents: cu_seq_lens_q, or position_ids that restart (batch 1, no cache).
+    ``generate()`` works with greedy search, sampling, beams and left-padded batches; chunked prefill and conversations
+    continued by more than one token need decode="segment" to mean the same as the whole text at once. Assisted and
+    prompt-lookup decoding are refused: candidates would be read as part of the prompt, or close a segment. A training
+    step (model.train(), gradients enabled) fills no cache. Packed documents: cu_seq_lens_q, or position_ids that
+    restart (batch 1, no cache).
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or any other decoder of transformers with k_proj and v_proj
@@ -182,9 +184,11 @@ def hici_forward(
             mask = new_tokens(attention_mask, q.shape[1], "HiCI")
             return layer.attend(slots, hidden, q, k, v, mask).unflatten(-1, q.shape[2:]), None
         layer.skipped = True
-    if cu_seq_lens_q is None and attention_mask is not None and attention_mask.ndim == 4:
-        cu_seq_lens_q = _restarts(position_ids, hidden)
-        attention_mask = attention_mask if cu_seq_lens_q is None else None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        # made by transformers because positions restart; any other mask of this kind is refused below
+        restarts = _restarts(position_ids, hidden)
+        if restarts is not None:
+            attention_mask, cu_seq_lens_q = None, restarts if cu_seq_lens_q is None else cu_seq_lens_q
     mask, total = new_tokens(attention_mask, q.shape[1], "HiCI"), None
     if cu_seq_lens_q is not None:
         total = slots.check_packed(hidden, cu_seq_lens_q, mask, None, kwargs.get("total_segments"))

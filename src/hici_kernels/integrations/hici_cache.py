@@ -18,6 +18,8 @@ class HiCILayer(CacheLayerMixin):
     """Wraps the :class:`HiCICache` of one layer. What it holds follows from config.decode, see :func:`apply_hici`."""
 
     is_compileable = False
+    # crop() works as far as the cache can go back, but not into the first call, whose tokens the slots have read
+    is_croppable = False
     is_sliding = False
     supports_early_init = False
 
@@ -26,13 +28,9 @@ class HiCILayer(CacheLayerMixin):
         self.config = config
         self.cache: HiCICache | None = None
         self.columns = Columns()
+        self.first = 0  # columns of the first call
         self.skipped = False
         self.is_initialized = True
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """A closed segment cannot be reopened: its tokens are no longer there."""
-        return self.config.decode != "segment"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -50,6 +48,7 @@ class HiCILayer(CacheLayerMixin):
             self.cache = slots.new_cache(q.shape[0])
         self.cache.check(q.shape[0], slots)
         out = slots.attend(hidden, q, k, v, mask=mask, cache=self.cache)
+        self.first = self.first or q.shape[1]
         self.columns.append(q.shape[0], q.shape[1], mask)
         return out
 
@@ -70,15 +69,22 @@ class HiCILayer(CacheLayerMixin):
         return self.columns.count + query_length, 0
 
     def reset(self) -> None:
-        self.cache, self.columns, self.skipped = None, Columns(), False
+        self.cache, self.columns, self.first, self.skipped = None, Columns(), 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last columns (given as a negative number, as transformers does).
 
         Raises:
-            ValueError: decode="segment" beyond the start of the open segment, decode="slots" into the prompt.
+            ValueError: decode="segment" beyond the start of the open segment, "full" and "slots" into the first call,
+                which is another computation than decoding. Nothing has changed then.
         """
         removed = removed_columns(tokens_to_remove)
+        if self.config.decode != "segment" and removed and self.columns.count - removed < self.first:
+            raise ValueError(
+                f"the first call on this cache gave {self.first} columns, which cannot be taken back in part with "
+                f"decode={self.config.decode!r}; {removed} of {self.columns.count} were to go (assisted decoding is not "
+                "supported)"
+            )
         if self.cache is not None and removed:
             for row, length in enumerate(self.columns.crop(removed, self.cache.batch)):
                 self.cache.rewind(length, row)

@@ -173,7 +173,7 @@ def _close(layer: SlotAttention, cache: SegmentCache, rows: Tensor) -> None:
             local = layer.local_constructor(cache.hidden[filled_at], mask if cache.ragged else None)[:, 0]
             kept = []
             if uses_global(config):
-                kept.append(layer.global_integrator.compress(_statistics(cache, filled_at, local)))
+                kept.append(layer.global_integrator(local, stats=_statistics(cache, filled_at, local)))
             if uses_local(config):
                 kept.append(local)
             slot_k, slot_v = layer.project_slots(torch.cat(kept, 1))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, segments
 from ..config import LEAK_FREE_MODES, HiCIConfig
@@ -35,6 +35,10 @@ class _Tokens(NamedTuple):
     def row(self, b: int, at: Tensor) -> _Tokens:
         """Columns ``at`` of row ``b``, all of them tokens."""
         return self.map(lambda x: x[b : b + 1, at], None)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def slot_modules(
@@ -114,7 +118,7 @@ class SlotAttention:
         cu_seqlens: Tensor | None = None,
         total_segments: int | None = None,
         cache: HiCICache | None = None,
-        output: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  (stateless)
+        output: Callable[[Tensor], Tensor] = _as_it_is,
     ) -> Tensor:
         """``output`` of the heads' contexts [B, S, Hq D], for hidden [B, S, H], roped q [B, S, Hq, D], k and v.
 
