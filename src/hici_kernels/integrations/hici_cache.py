@@ -82,8 +82,8 @@ class HiCILayer(CacheLayerMixin):
         if self.config.decode != "segment" and removed and self.columns.count - removed < self.first:
             raise ValueError(
                 f"the first call on this cache gave {self.first} columns, which cannot be taken back in part with "
-                f"decode={self.config.decode!r}; {removed} of {self.columns.count} were to go (assisted decoding is not "
-                "supported)"
+                f"decode={self.config.decode!r}: {removed} of {self.columns.count} were to go. Assisted decoding does "
+                "this, and is not supported"
             )
         if self.cache is not None and removed:
             for row, length in enumerate(self.columns.crop(removed, self.cache.batch)):

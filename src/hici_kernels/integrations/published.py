@@ -127,10 +127,11 @@ def _check(found: Published) -> None:
         if set(tensors) != set(found.slots[0]):
             odd = sorted(set(tensors) ^ set(found.slots[0]))[0]
             raise ValueError(f"{found.source}: layers 0 and {i} differ in {odd}")
-        integrator = tensors.get("global_integrator.global_queries")
-        if integrator is not None and "global_integrator.o_proj.weight" not in tensors:
+    for tensors in found.slots.values():
+        queries = tensors.get("global_integrator.global_queries")
+        if queries is not None and "global_integrator.o_proj.weight" not in tensors:
             # the first published version had none
-            tensors["global_integrator.o_proj.weight"] = torch.eye(integrator.shape[1], dtype=integrator.dtype)
+            tensors["global_integrator.o_proj.weight"] = torch.eye(queries.shape[1], dtype=queries.dtype)
     for module, pair in found.lora.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{found.source} holds only one of the two LoRA matrices of {module}")
@@ -156,8 +157,15 @@ def configuration(found: Published, overrides: dict[str, Any]) -> tuple[HiCIConf
         saved = {k: v for k, v in saved.items() if k not in ("segment_len", "num_segments")}
     shapes = _shapes(found)
     stated = saved | {k: v for k, v in given.items() if k in fields}
+    width = shapes.pop("compress_dim")
+    shared = shapes["shared_compress_dim"] or 0
+    asked = stated.get("compress_dim") or shapes["bottleneck_dim"] or 512
+    if max(asked, shared) != width:
+        if stated.get("compress_dim") is not None:
+            raise ValueError(f"compress_dim is {asked}, but the tensors of {found.source} have {width}")
+        shapes["compress_dim"] = width
     for name, value in shapes.items():
-        if name in stated and stated[name] != value and not (name == "compress_dim" and stated[name] is None):
+        if name in stated and stated[name] != value and name != "compress_dim":
             raise ValueError(f"{name} is {stated[name]}, but the tensors of {found.source} have {value}")
     factor = given.get("rope_factor", found.known.get("rope_factor"))
     alpha = given.get("lora_alpha", found.known.get("lora_alpha"))
