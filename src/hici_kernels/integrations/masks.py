@@ -99,4 +99,4 @@ def removed_columns(tokens_to_remove: int) -> int:
         raise ValueError(
             f"tokens_to_remove must be negative (that many columns are taken back), got {tokens_to_remove}"
         )
-    return -tokens_to_remove
+    return -int(tokens_to_remove)
