@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import transformers as hf
 from tiny_models import left_padded, prompt, tiny, worst

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import transformers as hf
 from tiny_models import hici_config, randomise_slots, tiny

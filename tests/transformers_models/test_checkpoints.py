@@ -8,6 +8,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import transformers as hf
 from tiny_models import ALL, FAMILIES, FEW, left_padded, prompt, tiny, worst

@@ -6,6 +6,9 @@ import copy
 import json
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import transformers as hf
 from safetensors.torch import load_file

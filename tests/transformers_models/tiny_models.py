@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hici_kernels import HGAConfig, HiCIConfig
 
+hf.logging.set_verbosity_error()
+hf.utils.logging.disable_progress_bar()
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-_ALLOWED = {
+_ALLOWED: dict[str, set[str] | None] = {
     "torch.distributed.checkpoint.metadata": None,
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size", "device", "layout", "dtype", "memory_format"},
@@ -25,7 +25,7 @@ class _Unpickler(pickle.Unpickler):
     """Only what a checkpoint's table of contents is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get(module, frozenset())
+        allowed = _ALLOWED.get(module, set())
         plain = "." not in name
         if plain and (allowed is None or name in allowed or (module == "torch" and _is_dtype(name))):
             return super().find_class(module, name)

@@ -130,7 +130,7 @@ def _load(path: Path) -> dict[str, Any]:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:  # not a zip file: the oldest format, which cannot be listed
         return files.load_plain(path)
-    shells = [(type("Shell", (_Shell,), {}), name) for name in unknown if name.startswith("deepspeed.")]
+    shells: list[Any] = [(type("Shell", (_Shell,), {}), name) for name in unknown if name.startswith("deepspeed.")]
     with torch.serialization.safe_globals(shells):
         return files.load_plain(path)
 

@@ -184,8 +184,9 @@ class HGACache(DynamicCache):
         hooks = hooks_of(model)
         super().__init__(config=next(iter(hooks)).config)
         self.history = HGAHistory(next(iter(hooks.values())).settings)
+        attention: Any
         for attention, hook in hooks.items():
-            self.layers[int(attention.layer_idx)] = HGALayer(self.history, hook.index)
+            self.layers[attention.layer_idx] = HGALayer(self.history, hook.index)
 
     @property
     def store(self) -> KVStore | None:

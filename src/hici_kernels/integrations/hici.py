@@ -29,14 +29,10 @@ class HostedSlots(SlotAttention):
         self.hidden_size = int(module.config.hidden_size)
         _, self.num_kv_heads, self.head_dim = head_counts(module)
         # looked up in every call: an adapter may have replaced them
+        self.k_proj: nn.Module = module.k_proj
+        self.v_proj: nn.Module = module.v_proj
         self.local_constructor: LocalConstructor = module.local_constructor
         self.global_integrator: GlobalIntegrator = module.global_integrator
-
-    def project_slots(self, slots: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if slots is None:
-            return None, None
-        shape = (self.num_kv_heads, self.head_dim)
-        return self.module.k_proj(slots).unflatten(-1, shape), self.module.v_proj(slots).unflatten(-1, shape)
 
 
 class HiCICall(NamedTuple):
@@ -108,11 +104,12 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
     host.check_free("apply_hici")
     check_hici(host)
     made = []
+    attention: Any
     for attention in host.attentions:
-        weight: Any = attention.k_proj.weight  # type: ignore[union-attr]
+        weight = attention.k_proj.weight
         with torch.device(weight.device):
-            pair = slot_modules(int(attention.config.hidden_size), config, impl)  # type: ignore[union-attr]
-        made.append([part.to(weight.dtype) for part in pair])
+            pair = slot_modules(int(attention.config.hidden_size), config, impl)
+        made.append((pair[0].to(weight.dtype), pair[1].to(weight.dtype)))
     register(NAME, hici_forward)
     before = host.model.config.__class__
     changed = hici_config_class(before)
@@ -121,7 +118,7 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
         host.model.config.__class__ = changed
         if changed is before:  # built as such by from_pretrained: its plain form is what restore() leaves
             note.config_class = before.__mro__[1]
-    embedding = host.model.get_input_embeddings().weight
+    embedding: Any = host.model.get_input_embeddings().weight
     for attention, (constructor, integrator) in zip(host.attentions, made, strict=True):
         if embedding.device.type != "meta" and embedding.shape[0] >= config.global_slots:
             integrator.init_queries(embedding.to(integrator.global_queries.device))

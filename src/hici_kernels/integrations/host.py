@@ -42,7 +42,7 @@ class Host:
             raise ValueError(
                 f"model must have one decoder with layers and rotary_emb, {type(outer).__name__} has {len(decoders)}"
             )
-        found = [layer.self_attn for layer in decoders[0].layers if hasattr(layer, "self_attn")]  # type: ignore[union-attr]
+        found = [layer.self_attn for layer in decoders[0].layers if hasattr(layer, "self_attn")]
         attentions = [m for m in found if hasattr(m, "layer_idx") and hasattr(m, "head_dim")]
         if not attentions:
             raise ValueError(f"{type(outer).__name__} has no attention layers of the kind this library can serve")

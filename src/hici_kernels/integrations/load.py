@@ -177,13 +177,13 @@ def _with_adapter(model: nn.Module, found: Published, alpha: float) -> nn.Module
 
     lora = LoraConfig(
         r=found.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
         target_modules=sorted(found.lora),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     targets = dict(adapted.named_parameters())
     with torch.no_grad():
         for module, pair in found.lora.items():

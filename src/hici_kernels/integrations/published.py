@@ -187,6 +187,7 @@ def configuration(found: Published, overrides: dict[str, Any]) -> tuple[HiCIConf
         )
     config = HiCIConfig.from_dict({**stated, **shapes})
     # a saved config states its cut; only the call or that file count as a choice
+    assert factor is not None
     return (config if "cut" in stated else config.with_default_cut("token")), float(factor), alpha
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class SlotAttention:
     num_kv_heads: int
     head_dim: int
     impl: str | None
+    k_proj: Any  # a linear module, adapters included
+    v_proj: Any
     local_constructor: LocalConstructor
     global_integrator: GlobalIntegrator
 

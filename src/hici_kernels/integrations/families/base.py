@@ -19,7 +19,7 @@ class HiCIModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         from ..hici import apply_hici
 
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not config.hici:
             raise ValueError(f"a {type(config).__name__} needs `hici`, the fields of a HiCIConfig")
         apply_hici(self, HiCIConfig.from_dict(config.hici))  # type: ignore[arg-type]
