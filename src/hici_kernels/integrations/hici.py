@@ -105,11 +105,16 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
     check_hici(host)
     made = []
     attention: Any
+    embedding: Any = host.model.get_input_embeddings().weight
     for attention in host.attentions:
         weight = attention.k_proj.weight
+        # quantised projections hold integers
+        dtype = weight.dtype if weight.is_floating_point() else host.model.dtype
         with torch.device(weight.device):
-            pair = slot_modules(int(attention.config.hidden_size), config, impl)
-        made.append((pair[0].to(weight.dtype), pair[1].to(weight.dtype)))
+            constructor, integrator = slot_modules(int(attention.config.hidden_size), config, impl)
+        made.append((constructor.to(dtype), integrator.to(dtype)))
+        if embedding.device.type != "meta" and embedding.shape[0] >= config.global_slots:
+            integrator.init_queries(embedding.to(integrator.global_queries.device))
     register(NAME, hici_forward)
     before = host.model.config.__class__
     changed = hici_config_class(before)
@@ -118,10 +123,7 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
         host.model.config.__class__ = changed
         if changed is before:  # built as such by from_pretrained: its plain form is what restore() leaves
             note.config_class = before.__mro__[1]
-    embedding: Any = host.model.get_input_embeddings().weight
     for attention, (constructor, integrator) in zip(host.attentions, made, strict=True):
-        if embedding.device.type != "meta" and embedding.shape[0] >= config.global_slots:
-            integrator.init_queries(embedding.to(integrator.global_queries.device))
         attention.local_constructor, attention.global_integrator = constructor, integrator
         note.handles.append(attention.register_forward_pre_hook(HiCIHook(config, impl), with_kwargs=True))
     host.model.config.hici = config.to_dict()
