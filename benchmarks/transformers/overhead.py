@@ -112,9 +112,8 @@ def main() -> None:
     result = {"machine": describe() | {"transformers": hf.__version__}, "limit_s": LIMIT_S,
               "rows": measure(options.rounds)}  # fmt: skip
     about = result["machine"]
-    print(
-        f"{about['cpu']['model']}, {about['threads']} threads, torch {about['torch']}, transformers {about['transformers']}"
-    )
+    versions = f"torch {about['torch']}, transformers {about['transformers']}"
+    print(f"{about['cpu']['model']}, {about['threads']} threads, {versions}")
     print(f"{'method':18} {'overhead':>9}   attention module, one token: wrapped / bare (median, fastest - slowest)")
     for row in result["rows"]:
         sides = " / ".join(

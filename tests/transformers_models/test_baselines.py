@@ -8,9 +8,10 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers as hf
-from tiny_models import left_padded, prompt, tiny, worst
+from tiny_models import ALL, left_padded, prompt, tiny, worst
 from torch import Tensor
 
+from hici_kernels import HGAConfig
 from hici_kernels.integrations import (
     DCAConfig,
     apply_dca,
@@ -107,6 +108,110 @@ def test_dual_chunk_decode_is_the_prefill(family, strategy):
     assert worst(row, full[:1, 40 - alone.shape[1] : 40]) < TOLERANCE
 
 
+ROUTED = HGAConfig(chunk_size=4, group_size=2, keep_first=1, keep_last=1, topk_chunks=3, topk_groups=3)
+
+
+def routed_oracle(q: Tensor, k: Tensor, v: Tensor, rope: Rope, config: DCAConfig, scale: float) -> Tensor:
+    """Float64, from the definition: summaries in the frame of their chunk, scores by regime, one softmax over what is
+    seen."""
+    q, k, v = q.double(), k.double(), v.double()
+    s, heads, _ = q.shape
+    c, size, per = config.chunk_len, ROUTED.chunk_size, ROUTED.group_size
+    group, out = heads // k.shape[1], torch.zeros_like(q)
+    turn = Rope(rope.inv_freq)
+
+    def at(x, position, by=rope):
+        return by.rotate(x[None, None], torch.tensor([position]))[0, 0]
+
+    keys = torch.stack([at(k[j], j % c) for j in range(s)])
+
+    def summary(begin, count):
+        anchor = begin + (count - 1) // 2
+        summed = torch.stack([at(keys[j], anchor - j, turn) for j in range(begin, begin + count)]).sum(0)
+        turns = (size - 1) * rope.inv_freq.double() > 0.5
+        fast = int(turns.nonzero()[-1]) + 1 if bool(turns.any()) else 0
+        half, plain = len(rope.inv_freq), keys[begin : begin + count].sum(0)
+        slow = torch.zeros(k.shape[-1], dtype=torch.bool)
+        slow[fast:half], slow[half + fast : 2 * half] = True, True
+        return torch.where(slow, summed, plain) / count
+
+    for t in range(s):
+        n = t // size
+        first, last = min(1, n), max(min(1, n), n - 1)
+
+        def query(j, t=t):
+            where = (t % c, min(t % c + c, config.ceiling), config.ceiling)[min(t // c - j // c, 2)]
+            return at(q[t], where)
+
+        for h in range(heads):
+            kv = h // group
+            score = {x: float(query(x * size)[h] @ summary(x * size, size)[kv]) for x in range(first, last)}
+            best = sorted(score, key=score.get, reverse=True)[: ROUTED.topk_chunks]
+            inner = {
+                (x, m): float(query(x * size)[h] @ summary(x * size + m * per, per)[kv])
+                for x in best
+                for m in range(size // per)
+            }
+            opened = sorted(inner, key=inner.get, reverse=True)[: ROUTED.topk_groups]
+            seen = [*range(first * size), *range(last * size, t + 1)]
+            seen += [x * size + m * per + i for x, m in opened for i in range(per)]
+            weights = torch.stack([scale * (query(j)[h] @ keys[j, kv]) for j in seen]).softmax(0)
+            out[t, h] = weights @ v[seen, kv]
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_routed_dual_chunk_attention_of_one_layer(family):
+    model, s = tiny(family), 45
+    attention = model.model.layers[0].self_attn
+    hidden, at = torch.randn(1, s, 64), torch.arange(s)[None]
+    rotary = model.model.rotary_emb
+    shape = (s, -1, attention.head_dim)
+    with torch.no_grad():
+        q, k, v = (getattr(attention, f"{x}_proj")(hidden)[0].view(shape) for x in "qkv")
+        if family == "qwen3":
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        heads = routed_oracle(q, k, v, Rope(rotary.inv_freq), CHUNKS, attention.scaling)
+        expected = attention.o_proj(heads.flatten(1).float())
+        apply_dca(model, CHUNKS, routing=ROUTED)
+        found = attention(hidden, position_embeddings=rotary(hidden, at), position_ids=at, attention_mask=None)[0]
+    assert worst(found[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "stablelm-partial"])
+def test_routed_dual_chunk_attention(family):
+    """Covering budgets: dual chunk attention. Within one chunk: apply_hga. Decode: the prefill."""
+    model, (ids, mask) = tiny(family), left_padded(prompt())
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"attention_mask": mask, "position_ids": at, "use_cache": False}
+    everything = HGAConfig(chunk_size=4, group_size=4, topk_chunks=99, topk_groups=99)
+    long = DCAConfig(chunk_len=64, local_len=8)
+    with torch.no_grad():
+        chunked = apply_dca(model, CHUNKS)(ids, **given).logits
+        restore(model)
+        covered = apply_dca(model, CHUNKS, routing=everything)(ids, **given).logits
+        assert worst(covered[mask.bool()], chunked[mask.bool()]) < TOLERANCE
+        restore(model)
+        routed = apply_hga(model, ROUTED)(ids, **given).logits
+        restore(model)
+        short = apply_dca(model, long, routing=ROUTED)(ids, **given).logits
+        assert worst(short[mask.bool()], routed[mask.bool()]) < TOLERANCE
+        restore(model)
+        apply_dca(model, CHUNKS, routing=ROUTED)
+        full = model(ids, **given).logits
+        assert worst(full, chunked) > 1e-3
+        out, parts = None, []
+        for begin, end in ((0, 9), (9, 30), *((i, i + 1) for i in range(30, 40))):
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], position_ids=at[:, begin:end],
+                        past_key_values=None if out is None else out.past_key_values)  # fmt: skip
+            parts.append(out.logits)
+        assert worst(torch.cat(parts, 1)[mask.bool()], full[mask.bool()]) < TOLERANCE
+    block = HGAConfig(chunk_size=4, group_size=4, routing="block")
+    for wrong, message in ((HGAConfig(chunk_size=8, group_size=4), "must divide"), (block, "strict")):
+        with pytest.raises(ValueError, match=message):
+            apply_dca(restore(model), CHUNKS, routing=wrong)
+
+
 def test_dual_chunk_attention_trains():
     model, ids = apply_dca(tiny(), CHUNKS).train(), prompt()
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -191,8 +296,6 @@ def test_stretched_positions(kind, family, tmp_path):
 
 def test_stretched_positions_under_routing():
     """HGA reads the frequencies that are there."""
-    from tiny_models import ALL
-
     model, ids = apply_rope_scaling(tiny(), "yarn", 4.0), prompt()
     expected = model(ids).logits
     apply_hga(model, ALL)

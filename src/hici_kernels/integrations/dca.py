@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._dispatch import check_impl
+from ..config import HGAConfig
 from ..ops.attention.api import attention
+from ..ops.hga_attention.api import hga_attention
+from ..ops.hga_route.api import check_config
 from ..ops.merge_attention.api import merge_attention
 from ..rope import Rope
 from .host import Host, Note, check_servable, is_sliding, rope_of
@@ -46,6 +49,7 @@ class DCAConfig:
 
 class DCACall(NamedTuple):
     config: DCAConfig
+    routing: HGAConfig | None
     rope: Rope
     positions: Tensor
     impl: str | None
@@ -54,8 +58,8 @@ class DCACall(NamedTuple):
 class DCAHook:
     """Before an attention module runs: rotate at positions within chunks instead of those of the text."""
 
-    def __init__(self, config: DCAConfig, rope: Rope, impl: str | None) -> None:
-        self.config, self.rope, self.impl = config, rope, impl
+    def __init__(self, config: DCAConfig, routing: HGAConfig | None, rope: Rope, impl: str | None) -> None:
+        self.config, self.routing, self.rope, self.impl = config, routing, rope, impl
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         positions = kwargs.get("position_ids")
@@ -64,11 +68,13 @@ class DCAHook:
         cos, sin = self.rope.cos_sin(positions % self.config.chunk_len, torch.float32)
         like = kwargs["position_embeddings"][0]
         embeddings = tuple(torch.cat((x, x), -1).to(like.dtype) for x in (cos, sin))
-        call = DCACall(self.config, self.rope, positions, self.impl)
+        call = DCACall(self.config, self.routing, self.rope, positions, self.impl)
         return args, {**kwargs, "position_embeddings": embeddings, "dca": call}
 
 
-def apply_dca(model: nn.Module, config: DCAConfig, *, impl: str | None = None) -> nn.Module:
+def apply_dca(
+    model: nn.Module, config: DCAConfig, *, routing: HGAConfig | None = None, impl: str | None = None
+) -> nn.Module:
     """Dual chunk attention (arXiv 2402.17463) for texts longer than the pretrained window, training-free, in place.
 
     Formula, c = chunk_len, for a query at position p and a key at position j:
@@ -84,6 +90,11 @@ def apply_dca(model: nn.Module, config: DCAConfig, *, impl: str | None = None) -
         model: Llama, Qwen3 or any other decoder of transformers with RoPE (rotate-half) whose layers all have full
             attention. A scaled RoPE is kept (apply_rope_scaling first to combine the two).
         config: :class:`DCAConfig`.
+        routing: with it, attention is routed as by :func:`apply_hga`, in the same frames: summaries and their anchors
+            rotate within chunks like the keys, and a query scores every candidate with the rotation its regime gives
+            (the published code anchors at absolute positions and routes with one query). routing "strict" only, and
+            chunk_size must divide chunk_len. The history stays with transformers' caches, and every call beyond the
+            first chunk writes keys of three times the width for all of it: for evaluation, not for long decoding.
 
     Positions must grow by one from token to token within a row; padding left or right. Differentiable; needs
     position_ids in the layers, which transformers' own models pass.
@@ -94,6 +105,12 @@ def apply_dca(model: nn.Module, config: DCAConfig, *, impl: str | None = None) -
     if not isinstance(config, DCAConfig):
         raise TypeError(f"config must be a DCAConfig, got {type(config).__name__}")
     check_impl(impl)
+    if routing is not None:
+        check_config(routing)
+        if routing.routing != "strict":
+            raise ValueError(f"routing must be strict with dual chunk attention, got {routing.routing!r}")
+        if config.chunk_len % routing.chunk_size:
+            raise ValueError(f"chunk_size {routing.chunk_size} must divide chunk_len {config.chunk_len}")
     host = Host.of(model)
     host.check_free("apply_dca")
     for attention_module in host.attentions:
@@ -104,7 +121,7 @@ def apply_dca(model: nn.Module, config: DCAConfig, *, impl: str | None = None) -
     register(NAME, dca_forward)
     note = Note("apply_dca", host.set_attention(NAME))
     for attention_module in host.attentions:
-        hook = DCAHook(config, rope, impl)
+        hook = DCAHook(config, routing, rope, impl)
         note.handles.append(attention_module.register_forward_pre_hook(hook, with_kwargs=True))
     host.notes.append(note)
     return model
@@ -137,7 +154,7 @@ def dca_forward(
     if attention_mask is None and bool((first == first[0]).all()):
         start = int(first[0])
         skip = max(0, -start)
-        return dual_chunk(q, k[:, skip:], v[:, skip:], start + skip, dca, scaling), None
+        return _attend(q, k[:, skip:], v[:, skip:], start + skip, dca, scaling), None
     out = torch.zeros_like(q)
     for row in range(b):
         tokens = torch.ones(s, dtype=torch.bool) if attention_mask is None else attention_mask[row, :s].bool().cpu()
@@ -154,9 +171,13 @@ def dca_forward(
         # a query's positions are stated; where padding precedes the cache's end they differ from the columns' distance
         start = int(dca.positions[min(row, len(dca.positions) - 1), end - 1 - (s - t)]) - (end - 1 - begin)
         rows = slice(row, row + 1)
-        part = dual_chunk(q[rows, begin_q : end - (s - t)], k[rows, begin:end], v[rows, begin:end], start, dca, scaling)
+        part = _attend(q[rows, begin_q : end - (s - t)], k[rows, begin:end], v[rows, begin:end], start, dca, scaling)
         out = out.index_put((torch.tensor([row]), torch.arange(begin_q, end - (s - t))), part[0])
     return out, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, start: int, call: DCACall, scale: float | None) -> Tensor:
+    return (dual_chunk if call.routing is None else routed_dual_chunk)(q, k, v, start, call, scale)
 
 
 def dual_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, call: DCACall, scale: float | None) -> Tensor:
@@ -192,3 +213,53 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float | None, impl: str | Non
     if len(found) == 1:
         return found[0]
     return torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 2)
+
+
+def routed_dual_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, call: DCACall, scale: float | None) -> Tensor:
+    """As :func:`dual_chunk`, over what the routes of hga_attention show.
+
+    The three regimes become three blocks of rotated dims: a query holds itself in each regime's rotation, a key holds
+    itself in the block of its regime and 0 in the others. Scores, summaries and routes are then those of the regime,
+    and one call of hga_attention serves all of them.
+    """
+    assert call.routing is not None
+    if start:
+        raise ValueError(f"routed dual chunk attention needs positions that begin at 0, got {start}")
+    c, ceiling = call.config.chunk_len, call.config.ceiling
+    s, t, d = k.shape[1], q.shape[1], q.shape[-1]
+    inv_freq = call.rope.inv_freq.to(q.device)
+    turn, wide = Rope(inv_freq), Rope(inv_freq.repeat_interleave(3))
+    at = torch.arange(s, device=q.device)
+    parts = []
+    for chunk in range((s - t) // c, (s - 1) // c + 1):
+        low, high = max(s - t, chunk * c), min(s, (chunk + 1) * c)
+        mine, keys, values = q[:, low - (s - t) : high - (s - t)], k[:, :high], v[:, :high]
+        if chunk == 0:
+            found = hga_attention(mine, keys, values, call.routing, rope=turn, scale=scale, impl=call.impl)
+        else:
+            inside = at[low:high] - chunk * c
+            turned = [
+                mine,
+                turn.rotate(mine, (inside + c).clamp(max=ceiling) - inside),
+                turn.rotate(mine, ceiling - inside),
+            ]
+            regime = (chunk - torch.div(at[:high], c, rounding_mode="floor")).clamp(max=2)
+            blocks = [torch.where((regime == r)[:, None, None], keys, 0.0) for r in range(3)]
+            wide_q, wide_k = _blocks(turned, mine, len(inv_freq)), _blocks(blocks, keys, len(inv_freq))
+            padded = torch.nn.functional.pad(values, (0, wide_k.shape[-1] - d))
+            usual = d**-0.5 if scale is None else scale
+            found = hga_attention(wide_q, wide_k, padded, call.routing, rope=wide, scale=usual, impl=call.impl)
+        assert isinstance(found, Tensor)
+        parts.append(found[..., :d])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _blocks(regimes: list[Tensor], plain: Tensor, half: int) -> Tensor:
+    """Three regimes as one head in rotate-half order, then the dims that are not rotated.
+
+    The three copies of a pair stand together, so that frequencies still fall from pair to pair: summaries rotate pairs
+    from the first slow one on.
+    """
+    low = torch.stack([x[..., :half] for x in regimes], -1).flatten(-2)
+    high = torch.stack([x[..., half : 2 * half] for x in regimes], -1).flatten(-2)
+    return torch.cat((low, high, plain[..., 2 * half :]), -1)
