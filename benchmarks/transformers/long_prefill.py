@@ -121,7 +121,7 @@ def main() -> None:
             file = Path(scratch) / "row.json"
             arguments = {"--length": options.length, "--new": options.new, "--piece": options.piece,
                          "--dtype": options.dtype, "--one": name, "--json": file,
-                         "--path": options.path or str(Path(scratch) / "history"),
+                         "--path": options.path or scratch,
                          "--threads": torch.get_num_threads()}  # fmt: skip
             flat = [str(x) for pair in arguments.items() for x in pair]
             done = subprocess.run([sys.executable, __file__, *flat], stderr=subprocess.PIPE, text=True)

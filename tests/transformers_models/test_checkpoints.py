@@ -272,6 +272,26 @@ def test_published_merged_directory(tmp_path):
     assert worst(logits(load_hici(tiny(), tmp_path, **SAID)), expected) < TOLERANCE
 
 
+def test_tied_embeddings(tmp_path):
+    """One matrix for both ends: resized once, saved once, still tied."""
+    model = tiny(tie_word_embeddings=True)
+    model.resize_token_embeddings(98, mean_resizing=False)
+    randomise_slots(apply_hici(model, hici_config()))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    save_hici(model, tmp_path / "slots")
+    base = tiny(tie_word_embeddings=True)
+    loaded = load_hici(base, tmp_path / "slots")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert worst(logits(loaded), logits(model)) < TOLERANCE
+    for keep in (True, False):
+        merge_hici(loaded, tmp_path / f"merged-{keep}", keep_slots=keep)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-True")
+    assert worst(logits(again), logits(model)) < TOLERANCE
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-False")
+    assert worst(logits(plain), logits(restore(model))) < TOLERANCE
+
+
 def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
     adapter, trainable = published(trained())
     write(tmp_path / "good", adapter, trainable)

@@ -172,16 +172,16 @@ def test_crop_is_as_if_the_tokens_had_not_come(padding):
     mask[0, :padding] = 0
     mask[1, 40:43] = 0  # padding that is cropped away must not be counted as tokens
     with torch.no_grad():
-        cache = HGACache(model)
-        model(ids[:, :37], attention_mask=mask[:, :37], past_key_values=cache)
-        straight = model(prompt(2, 9, 3), attention_mask=torch.cat((mask[:, :37], mask[:, :9] | 1), 1),
-                         past_key_values=copy.deepcopy(cache)).logits  # fmt: skip
+        whole = torch.cat((mask[:, :37], torch.ones_like(mask[:, :9])), 1)
+        other, cache = HGACache(model), HGACache(model)
+        for made in (other, cache):
+            model(ids[:, :37], attention_mask=mask[:, :37], past_key_values=made)
+        straight = model(prompt(2, 9, 3), attention_mask=whole, past_key_values=other).logits
         model(ids[:, 37:], attention_mask=mask, past_key_values=cache)
         cache.crop(-13)
         assert cache.get_seq_length() == 37
         assert cache.store.lengths.tolist() == [37 - padding, 37]
-        again = model(prompt(2, 9, 3), attention_mask=torch.cat((mask[:, :37], mask[:, :9] | 1), 1),
-                      past_key_values=cache).logits  # fmt: skip
+        again = model(prompt(2, 9, 3), attention_mask=whole, past_key_values=cache).logits
     assert torch.equal(straight, again)
     with pytest.raises(ValueError, match="must be negative"):
         cache.crop(5)
