@@ -14,6 +14,7 @@ from tiny_models import ALL, FAMILIES, FEW, left_padded, prompt, tiny, worst
 
 from hici_kernels import HGAConfig, ImplError, KVStore
 from hici_kernels.integrations import HGACache, apply_hga, restore
+from hici_kernels.integrations.masks import CROP_KEEPS
 from hici_kernels.nn import HGAAttention
 from hici_kernels.rope import Rope
 
@@ -183,8 +184,12 @@ def test_crop_is_as_if_the_tokens_had_not_come(padding):
         assert cache.store.lengths.tolist() == [37 - padding, 37]
         again = model(prompt(2, 9, 3), attention_mask=whole, past_key_values=cache).logits
     assert torch.equal(straight, again)
-    with pytest.raises(ValueError, match="must be negative"):
-        cache.crop(5)
+    if CROP_KEEPS:
+        cache.crop(40)
+        assert cache.get_seq_length() == 40
+    else:
+        with pytest.raises(ValueError, match="must be negative"):
+            cache.crop(5)
 
 
 def test_assisted_and_prompt_lookup_decoding():

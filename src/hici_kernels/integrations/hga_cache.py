@@ -150,7 +150,7 @@ class HGALayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last columns (given as a negative number, as transformers does)."""
-        removed = removed_columns(tokens_to_remove)
+        removed = removed_columns(tokens_to_remove, self.length)
         self.length = max(0, self.length - removed)
         if self.index == 0:
             self.history.crop(removed)

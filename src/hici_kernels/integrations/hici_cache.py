@@ -78,7 +78,7 @@ class HiCILayer(CacheLayerMixin):
             ValueError: decode="segment" beyond the start of the open segment, "full" and "slots" into the first call,
                 which is another computation than decoding. Nothing has changed then.
         """
-        removed = removed_columns(tokens_to_remove)
+        removed = removed_columns(tokens_to_remove, self.columns.count)
         if self.config.decode != "segment" and removed and self.columns.count - removed < self.first:
             raise ValueError(
                 f"the first call on this cache gave {self.first} columns, which cannot be taken back in part with "

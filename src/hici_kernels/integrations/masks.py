@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -93,10 +95,14 @@ class Columns:
             self._seen = self._seen[rows.cpu()]
 
 
-def removed_columns(tokens_to_remove: int) -> int:
-    """The argument of ``crop``, which transformers gives as a negative number."""
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"tokens_to_remove must be negative (that many columns are taken back), got {tokens_to_remove}"
-        )
-    return -int(tokens_to_remove)
+# up to some release, a positive argument of crop() is the length to keep; later ones refuse it
+CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def removed_columns(argument: int, held: int) -> int:
+    """How many of ``held`` columns ``crop(argument)`` takes back: as many as a negative number says."""
+    if argument <= 0:
+        return -int(argument)
+    if not CROP_KEEPS:
+        raise ValueError(f"tokens_to_remove must be negative (that many columns are taken back), got {argument}")
+    return max(0, held - int(argument))
