@@ -73,7 +73,8 @@ class HiCIConfig(_Config):
         empty: a segment without tokens: "skip" = it has no slots, is left out of G and is passed over by "previous
             segment"; "zero" / "uniform" = its slots are what the published Flash / Multi constructors give.
         cut: "index" = segments count columns, padding included (published); "token" = they count a row's own tokens,
-            so a row of a padded batch equals the row alone. Default "index", and "token" with decode="segment".
+            so a row of a padded batch equals the row alone. Default "index", and "token" with decode="segment" and in
+            models changed by :func:`apply_hici`.
         decode: tokens after the prefill: "full" = full attention over all cached tokens, no slots (published);
             "slots" = the same, with G and all local slots of the prompt kept in the cache; "segment" = the training
             semantics continued. "segment" needs segment_len and a leak-free mode.
@@ -113,6 +114,7 @@ class HiCIConfig(_Config):
         _checks.choice("single_segment", self.single_segment, ("on", "off"))
         _checks.choice("empty", self.empty, ("skip", "zero", "uniform"))
         _checks.choice("decode", self.decode, ("full", "segment", "slots"))
+        object.__setattr__(self, "_cut_given", self.cut is not None)
         if self.cut is None:
             object.__setattr__(self, "cut", "token" if self.decode == "segment" else "index")
         _checks.choice("cut", self.cut, ("index", "token"))
@@ -139,6 +141,10 @@ class HiCIConfig(_Config):
                     f"context_mode must be one of {', '.join(map(repr, LEAK_FREE_MODES))} with decode='segment', got "
                     f"{self.context_mode!r}: its slots need tokens that have not been decoded yet"
                 )
+
+    def with_default_cut(self, cut: str) -> HiCIConfig:
+        """This configuration, with ``cut`` where its constructor was given none."""
+        return self if vars(self)["_cut_given"] else dataclasses.replace(self, cut=cut)
 
     @property
     def integrator_dim(self) -> int:
