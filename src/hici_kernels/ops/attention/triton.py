@@ -35,16 +35,6 @@ ABSENT_LSE_GRADIENT = True
 SPLIT_TILES = 4
 
 
-def unavailable() -> str | None:
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
-        return None
-    return "there is no GPU"
-
-
 def rejects(q: Tensor, k: Tensor, **rest: Any) -> str | None:
     from .triton_forward import INTERPRET
     from .triton_schedule import LARGEST_LENGTH
