@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 # one thread per test process: the processes already fill the machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: demo test fast slow aot lint sanitize wheel install clean
+.PHONY: demo test fast slow aot lint matrix sanitize wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -30,6 +30,16 @@ slow: $(STAMP)
 # every kernel configuration for every target, without a GPU; what the committed report proves is not compiled again
 aot: $(STAMP)
 	$(BIN)/python -m hici_kernels.aot --report benchmarks/aot.json
+
+# the oldest and the newest transformers that pyproject.toml allows, each beside the environment, not in it
+TRANSFORMERS ?= 5.14.1 5.23.0
+matrix: $(STAMP)
+	@for version in $(TRANSFORMERS); do \
+		echo "transformers $$version" && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade \
+			--target build/transformers-$$version transformers==$$version && \
+		PYTHONPATH=build/transformers-$$version $(PYTEST) tests/transformers_models || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

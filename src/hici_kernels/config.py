@@ -73,7 +73,8 @@ class HiCIConfig(_Config):
         empty: a segment without tokens: "skip" = it has no slots, is left out of G and is passed over by "previous
             segment"; "zero" / "uniform" = its slots are what the published Flash / Multi constructors give.
         cut: "index" = segments count columns, padding included (published); "token" = they count a row's own tokens,
-            so a row of a padded batch equals the row alone. Default "index", and "token" with decode="segment".
+            so a row of a padded batch equals the row alone. Default "index", and "token" with decode="segment" and in
+            models changed by :func:`apply_hici`.
         decode: tokens after the prefill: "full" = full attention over all cached tokens, no slots (published);
             "slots" = the same, with G and all local slots of the prompt kept in the cache; "segment" = the training
             semantics continued. "segment" needs segment_len and a leak-free mode.
@@ -113,6 +114,7 @@ class HiCIConfig(_Config):
         _checks.choice("single_segment", self.single_segment, ("on", "off"))
         _checks.choice("empty", self.empty, ("skip", "zero", "uniform"))
         _checks.choice("decode", self.decode, ("full", "segment", "slots"))
+        object.__setattr__(self, "_cut_given", self.cut is not None)
         if self.cut is None:
             object.__setattr__(self, "cut", "token" if self.decode == "segment" else "index")
         _checks.choice("cut", self.cut, ("index", "token"))
@@ -139,6 +141,10 @@ class HiCIConfig(_Config):
                     f"context_mode must be one of {', '.join(map(repr, LEAK_FREE_MODES))} with decode='segment', got "
                     f"{self.context_mode!r}: its slots need tokens that have not been decoded yet"
                 )
+
+    def with_default_cut(self, cut: str) -> HiCIConfig:
+        """This configuration, with ``cut`` where its constructor was given none."""
+        return self if vars(self)["_cut_given"] else dataclasses.replace(self, cut=cut)
 
     @property
     def integrator_dim(self) -> int:
@@ -179,6 +185,11 @@ class HGAConfig(_Config):
             its maximum over the queries since the start of the chunk, nothing leaks; "block" = the authors' rule:
             blocks of route_block queries share one capacity, so a result depends on later queries of its block.
         route_block: queries per block of routing="block"; blocks are also cut at chunk ends.
+        super_chunk: 0 = every chunk of the pool is scored. X > 0: X consecutive chunks form a super-chunk, whose key is
+            the mean of theirs; a query scores the super-chunks that lie wholly in its pool and then only the chunks of
+            the topk_supers highest of them, and those in none. What survives is scored exactly; a chunk may be lost.
+            For histories of very many chunks; routing="strict" only.
+        topk_supers: super-chunks whose chunks are scored.
         share: "query" = each query head picks; "kv" = the maximum over the heads of a kv group picks for all of them.
 
     Raises:
@@ -194,16 +205,20 @@ class HGAConfig(_Config):
     routing: str = "strict"
     route_block: int = 64
     share: str = "query"
+    super_chunk: int = 0
+    topk_supers: int = 32
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "group_size", "route_block"):
             _checks.integer(name, getattr(self, name), 1)
-        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups"):
+        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups", "super_chunk", "topk_supers"):
             _checks.integer(name, getattr(self, name), 0)
         if self.chunk_size % self.group_size:
             raise ValueError(f"group_size must divide chunk_size {self.chunk_size}, got {self.group_size}")
         _checks.choice("routing", self.routing, ("strict", "block", "prefix"))
         _checks.choice("share", self.share, ("query", "kv"))
+        if self.super_chunk and self.routing != "strict":
+            raise ValueError(f"super_chunk must be 0 with routing={self.routing!r}, got {self.super_chunk}")
 
     @property
     def groups_per_chunk(self) -> int:

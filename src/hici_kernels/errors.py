@@ -10,4 +10,21 @@ class ImplError(ValueError, NotImplementedError):
 
 
 class KVStoreError(RuntimeError):
-    """A stored record of the KV history is missing or fails its check; wrong bytes are never attended."""
+    """A stored record of the KV history is missing, cannot be written or fails its check.
+
+    Wrong bytes are never attended: the call that raises has changed nothing. ``layer``, ``row``, ``chunk`` and
+    ``file`` say which record it was (None where none is meant). An exact way on: ``rewind(chunk * chunk_size, row)``
+    and feed the tokens from there again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        layer: int | None = None,
+        row: int | None = None,
+        chunk: int | None = None,
+        file: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.layer, self.row, self.chunk, self.file = layer, row, chunk, file

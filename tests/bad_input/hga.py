@@ -1,5 +1,7 @@
 """Wrong calls of the HGA half: (id, call, exception, what the message must say)."""
 
+import tempfile
+
 import torch
 
 from hici_kernels import HGAConfig, Rope
@@ -68,6 +70,20 @@ def closed():
     held.attend(0, Q, K, K)
 
 
+# no window: chunks become records at once
+SHORT = {"config": HGAConfig(chunk_size=4, group_size=2, keep_first=0, keep_last=0)}
+
+
+def nested(held):
+    with held.segment(), held.segment():
+        pass
+
+
+def rewound(held):
+    with held.segment():
+        held.rewind(1)
+
+
 def other_heads(held):
     held.attend(0, Q[:, :, :2], K, K)
 
@@ -131,6 +147,34 @@ CASES = [
     ("KVStore: device a number", store(device=0), TypeError, "device must be"),
     ("KVStore: unknown tier", store(tier="tape"), ValueError, "tier must be one of"),
     ("KVStore: path without a disk", store(path="x"), ValueError, "path must be None"),
+    (
+        "KVStore: host_bytes without a host",
+        store(host_bytes=1),
+        ValueError,
+        "host_bytes must be None with tier='device'",
+    ),
+    (
+        "KVStore: bank_pages on the device",
+        store(bank_pages=1),
+        ValueError,
+        "bank_pages must be None with tier='device'",
+    ),
+    ("KVStore: disk without a path", store(tier="disk"), ValueError, "path must be given with tier='disk'"),
+    ("KVStore: path a number", store(tier="disk", path=3), TypeError, "path must be a str or a path"),
+    ("KVStore: path that is not there", store(tier="disk", path="absent"), ValueError, "path must be a directory that"),
+    ("KVStore: negative host_bytes", store(tier="host", host_bytes=-1), ValueError, "host_bytes must be at least 0"),
+    (
+        "KVStore: host_bytes below a page",
+        store(tier="disk", path=tempfile.gettempdir(), host_bytes=100),
+        ValueError,
+        "host_bytes must hold at least one page",
+    ),
+    ("KVStore: negative bank_pages", store(tier="host", bank_pages=-1), ValueError, "bank_pages must be at least 0"),
+    ("KVStore: cold_dtype of 16 bits", store(cold_dtype=torch.float16), ValueError, "cold_dtype must be None or torch"),
+    ("KVStore: no queue", store(queue_depth=0), ValueError, "queue_depth must be at least 1"),
+    ("KVStore: unknown io", store(io="mmap"), ValueError, "io must be one of"),
+    ("KVStore: direct an int", store(direct=1), TypeError, "direct must be a bool"),
+    ("KVStore: prefetch a str", store(prefetch="yes"), TypeError, "prefetch must be a bool"),
     ("KVStore: negative device_bytes", store(device_bytes=-1), ValueError, "device_bytes must be at least 0"),
     ("KVStore: config a str", store(config="default"), TypeError, "config must be an HGAConfig"),
     ("KVStore: rope wider than the head", store(head_dim=4), ValueError, "rope.rotary_dim"),
@@ -159,6 +203,16 @@ CASES = [
     ("KVStore.reset: row a str", after(lambda s: s.reset("0")), TypeError, "row must be an int"),
     ("KVStore.reorder: row out of range", after(lambda s: s.reorder([0, 2])), ValueError, "rows must be at most 1"),
     ("KVStore.reorder: a float tensor", after(lambda s: s.reorder(torch.zeros(2))), TypeError, "rows must be"),
+    (
+        "KVStore.attend: over host_bytes",
+        after(id, tier="host", host_bytes=100, **SHORT),
+        ValueError,
+        "host_bytes is 100",
+    ),
+    ("KVStore.segment: inside a segment", after(nested), ValueError, "inside a segment already"),
+    ("KVStore.rewind: inside a segment", after(rewound), ValueError, "inside a segment"),
+    ("KVStore.save: path a number", after(lambda s: s.save(3)), TypeError, "path must be a str or a path"),
+    ("KVStore.save: no such directory", after(lambda s: s.save("absent/x")), ValueError, "path must be in a directory"),
     ("HGAAttention: heads that do not divide", lambda: build(num_heads=3), ValueError, "num_heads must be a multiple"),
     ("HGAAttention: config None", lambda: build(config=None), TypeError, "config must be an HGAConfig"),
     ("HGAAttention: negative layer_idx", lambda: build(layer_idx=-1), ValueError, "layer_idx must be at least 0"),

@@ -44,6 +44,34 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
+def write_rows(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """A PNG of the suite "hga": milliseconds of every side on a logarithmic axis, with the whole spread."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [sum("median_s" in s for s in row["sides"].values()) for row in rows]
+    figure = Figure(figsize=(11, 1.6 + 0.36 * sum(heights) + 0.55 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
+    for ax, row in zip(axes, rows, strict=True):
+        sides = [(n, s) for n, s in row["sides"].items() if "median_s" in s]
+        for y, (name, s) in enumerate(reversed(sides)):
+            ms, low, high = (1e3 * s[k] for k in ("median_s", "fastest_s", "slowest_s"))
+            ours = name.startswith("hici")
+            ax.barh(y, ms, color="C0" if ours else "0.7", xerr=[[ms - low], [high - ms]], ecolor="0.25", capsize=3)
+            share = f", {100 * s['read_share']:.0f} % of read bandwidth" if s.get("read_share") else ""
+            ax.text(high, y, f"  {ms:.3g} ms{share}", va="center", fontsize=9)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(sides)), [n for n, _ in reversed(sides)], fontsize=9)
+        ax.set_title(row["name"], fontsize=10, loc="left")
+        ax.margins(x=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("milliseconds, median; whisker = fastest to slowest")
+    figure.suptitle(f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def decode_path(path: Path) -> Path:
     """Where the second chart goes: beside the first."""
     return path.with_name(f"{path.stem}-decode{path.suffix}")

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from .. import _dispatch, _native
 from . import ceilings as limits
-from . import chart, decode, machine, report
+from . import chart, decode, hga_layer, kv_store, machine, report
 from .case import Case
 from .goals import goals
 from .run import measure
@@ -23,6 +23,9 @@ from .shapes import SUITES
 
 #: What ``--op`` may name: operations, the layer made of them, and the table of decode-sized calls.
 SUBJECTS = (*_dispatch.OPS, "hici_layer", "decode")
+#: The suite of routed attention, which has rows of its own: one layer (hga_layer.py), and its history on disk.
+HGA = "hga"
+HGA_SUBJECTS = ("hga_layer", "kv_store")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,10 +46,11 @@ def run(
     Raises:
         ValueError: an unknown name, naming the choices, before any work.
     """
-    chosen = _names("--op", ops, SUBJECTS) or list(SUBJECTS)
+    subjects = HGA_SUBJECTS if suite == HGA else SUBJECTS
+    chosen = _names("--op", ops, subjects) or list(subjects)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
     kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
-    _names("--suite", suite, (*SUITES, "gpu"))
+    _names("--suite", suite, (*SUITES, HGA, "gpu"))
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:
@@ -69,6 +73,11 @@ def run(
             json_path=json_path,
             chart_path=chart_path,
         )
+    if suite == HGA:
+        for option, given in (("--impl", impls), ("--dtype", dtype)):
+            if given is not None:
+                raise ValueError(f"{option} has no meaning with --suite {HGA}, got {given!r}")
+        return _hga(chosen, threads=threads, rounds=rounds, json_path=json_path, chart_path=chart_path, path=path)
     wanted = None if kind is None else DTYPES[kind]
     cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
     points = [p for p in decode.points(suite) if wanted in (None, p.dtype)] if "decode" in chosen else []
@@ -99,6 +108,51 @@ def run(
     if chart_path is not None and decoded:
         chart.write_decode(decoded, result["machine"], chart.decode_path(chart_path))
     wrong = report.failures(rows, decoded)
+    for line in wrong:
+        console.print(f"WRONG RESULT, no speed: {line}", markup=False)
+    return 1 if wrong else 0
+
+
+def _hga(
+    subjects: list[str],
+    *,
+    threads: int | None,
+    rounds: int,
+    json_path: Path | None,
+    chart_path: Path | None,
+    path: str | None,
+) -> int:
+    """Suite "hga": one layer of routed attention beside dense attention, and its history on disk."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    rows, stored = [], []
+    try:
+        with contextlib.nullcontext() if path is None else _native.path(path):
+            where, ceilings = machine.describe(), limits.measure([torch.bfloat16])
+            report.show_machine(console, where, ceilings)
+            if "hga_layer" in subjects:
+                rows = hga_layer.measure(rounds, ceilings)
+            if "kv_store" in subjects:
+                stored = [kv_store.measure(size) for size in kv_store.sizes(HGA)]
+            after = limits.measure([torch.bfloat16])
+    finally:
+        torch.set_num_threads(before)
+    result = {"suite": HGA, "rounds": rounds, "path": ceilings["path"], "machine": where, "ceilings": ceilings}
+    result |= {"ceilings_after": after, "rows": rows, "kv_store": stored, "goals": []}
+    if rows:
+        hga_layer.show(console, rows)
+        result["goals"] = hga_layer.goals(rows)
+        report.show_goals(console, result["goals"])
+    for found in stored:
+        kv_store.show(lambda line: console.print(line, markup=False), found)
+    report.show_ceilings(console, after, "ceilings again, after all cases")
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if chart_path is not None and rows:
+        chart.write_rows(rows, where, chart_path)
+    wrong = [r["name"] for r in rows if r["sides"][hga_layer.OURS]["correct"] is False]
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
     return 1 if wrong else 0

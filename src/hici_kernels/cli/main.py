@@ -25,7 +25,7 @@ def user_errors() -> Iterator[None]:
     """Wrong input is one line on stderr and exit code 2, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         typer.echo(f"hici: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -104,6 +104,96 @@ def tune(
 
         code = run(ops=op, head_dims=head_dim, segment_lens=segment_len, dtypes=dtype, json_path=json, dry_run=dry_run)
     raise typer.Exit(code)
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A configuration field, name=value; may be repeated.", metavar="NAME=VALUE"),
+]
+WeightsOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: as stored.")]
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Directory of the base model.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of the HiCI checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    keep_slots: Annotated[bool, typer.Option("--keep-slots/--drop-slots", help="Keep the slot modules.")] = False,
+    settings: SetOption = None,
+    dtype: WeightsOption = None,
+) -> None:
+    """Write a HiCI checkpoint and its base as one model directory."""
+    with user_errors():
+        from .checkpoints import merge as run
+
+        run(base, checkpoint, out, keep_slots, settings or [], dtype)
+
+
+@app.command()
+def extract(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a training run.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the LoRA matrices. Default: as stored.")] = None,
+) -> None:
+    """Take a HiCI checkpoint out of a training run: ZeRO shards, FSDP shards or plain weights."""
+    with user_errors():
+        from .checkpoints import extract as run
+
+        run(run_directory, out, dtype)
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A .bin file, or a directory with some.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Delete each .bin file once its copy is checked.")] = False,
+) -> None:
+    """Write .bin weights as .safetensors, without running code from them."""
+    with user_errors():
+        from .checkpoints import convert as run
+
+        run(path, remove)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Option("--model", help="Directory of a model and its tokenizer.")],
+    method: Annotated[str, typer.Option("--method", help="hga, hici or none.")] = "hga",
+    store: Annotated[
+        str, typer.Option("--store", help="Where HGA keeps the history: device, host or disk.")
+    ] = "device",
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="HiCI checkpoint for this model.")] = None,
+    settings: SetOption = None,
+    store_settings: Annotated[
+        list[str] | None,
+        typer.Option("--store-set", help="A limit of the store, such as host_bytes=2e9.", metavar="NAME=VALUE"),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Answer this instead of asking.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Put this text before the first prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 = greedy.")] = 0.0,
+    dtype: WeightsOption = None,
+    device: Annotated[str, typer.Option("--device", help="Of the model.")] = "cpu",
+    json: JsonOption = None,
+) -> None:
+    """Talk to a local model with long-context attention; tokens per second and memory per tier after every answer."""
+    with user_errors():
+        from .chat import run
+
+        run(
+            model,
+            method,
+            store,
+            adapter,
+            settings or [],
+            store_settings or [],
+            prompt or [],
+            file,
+            max_new_tokens,
+            temperature,
+            dtype,
+            device,
+            json,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""KVStore: the KV history of a model with routed attention, for prefill and decode."""
+"""KVStore: the KV history of a model with routed attention, for prefill, decode and segment-wise training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +15,26 @@ from torch import Tensor
 from .. import _checks
 from .._dispatch import check_impl
 from ..config import HGAConfig
-from ..errors import ImplError
-from ..ops.hga_attention.op import attention_forward
-from ..ops.hga_route.api import budgets, check_config
-from ..ops.hga_route.op import route_forward
+from ..errors import KVStoreError
+from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
-from ..ops.hga_summaries.op import summaries_forward
 from ..rope import Rope
+from . import saved
+from .device_bank import DeviceBank
+from .disk import Disk
+from .layer import LayerState
+from .layout import Layout
+from .meter import TIERS, Meter
+from .pool import Pool
+from .records import Records
+from .step import Engine, Step
+from .tier import Tier
 
-TIERS = ("device", "host", "disk")
-
-
-class _Layer:
-    """Buffers of one layer, rows left-aligned: row b holds tokens [0, lengths[b]) and the summaries of their chunks."""
-
-    def __init__(self, batch: int) -> None:
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
-        # next default RoPE position of every row, and the column every stored token stood in
-        self.columns = torch.zeros(batch, dtype=torch.int64)
-        self.column_of = torch.zeros(batch, 0, dtype=torch.int64)
-        # keys, values and (routing="prefix") queries [B, capacity, heads, D]; chunk_keys, group_keys [B, chunks, ...]
-        self.buffers: dict[str, Tensor] = {}
+DEFAULT_HOST_BYTES = 1 << 30  # of tier "disk"
+BANK_LIST_BYTES = 16  # a slot
+LIST_BYTES = 64 << 10  # kept free of the bank where the limit is small, else an eighth of it
+DEFAULT_BANK_PAGES = 4096  # of an accelerator without device_bytes
+DECODE_QUERIES = 16  # a call of up to so many queries is what the next one is guessed from
 
 
 class KVStore:
@@ -42,22 +45,43 @@ class KVStore:
     with "block" when calls end at block ends, because blocks start at the first query of a call. Summaries are formed
     once, when a chunk closes, from its stored keys: the same bits for any split.
 
-    Rows are independent and may have different lengths; buffers grow by doubling. routing="prefix" also keeps the
-    queries (Hq / Hkv times the bytes of the keys), so that any rewind restores the maxima of the open chunk.
+    On the device stay the summaries, the sinks, the local window and the active chunk. A chunk that leaves the window
+    becomes a record of the tier, written once and never changed; a call brings together the groups its routes open, and
+    nothing else. For the same sequence of calls on one device all tiers give the same bits.
+
+    Rows are independent and may have different lengths. routing="prefix" also keeps the queries (Hq / Hkv times the
+    bytes of the keys), so that any rewind restores the maxima of the open chunk; Hq is then the same in all layers.
+
+    One store may be used from several threads (calls take turns), several stores side by side share nothing, and
+    several processes may use one directory. docs/kv_store.md has the layout, guarantees and failures.
 
     Args:
         config: :class:`HGAConfig`.
         rope: of the keys.
         layers, kv_heads, head_dim, batch: sizes.
         dtype: of q, k and v: float32, bfloat16, float16 or float64.
-        device: where the history lives and q, k, v come from.
-        tier: "device". This version does not serve "host" and "disk".
-        device_bytes: cap on the bytes of all buffers, None = no cap. A call that would need more raises before it
-            changes anything.
-        host_bytes, path: of the tiers "host" and "disk"; must be None.
+        device: where summaries, sinks and window live and q, k, v come from.
+        tier: where records live: "device"; "host" memory (pinned for an accelerator); "disk", a nameless file in
+            ``path`` that disappears with the store, however the process ends. "disk" needs the native library.
+        device_bytes: limit of all device buffers, scratch of a call and its gathered groups included (not the
+            temporaries inside an operation); None = none. A call that would need more raises before it has changed
+            anything; feeding fewer tokens a call needs less scratch.
+        host_bytes: limit of host memory for tiers "host" (all records) and "disk" (the bank of pages used lately and
+            the lists of records). None = none for "host", 1 GiB for "disk".
+        path: directory of the tier "disk", which must exist.
+        cold_dtype: None = records keep the bits of the tokens; torch.int8 = 8 bits and one scale per token, kv head and
+            side, about half the bytes of bfloat16. Lossy, the same in every tier.
+        bank_pages: pages (one chunk of one kv head, keys and values) of a bank on the device above tiers "host" and
+            "disk"; least recently used pages leave. None = none on the CPU, where records are read in place, else what
+            device_bytes leaves, at most 4096. A call that needs more is served past the bank.
+        queue_depth: transfers in flight of tier "disk".
+        io: "auto" = "uring" (io_uring) where the kernel allows it, else "threads" (pread and pwrite).
+        direct: pass the page cache by where the file system can (O_DIRECT), so that nothing is cached twice.
+        prefetch: while a layer is attended, read the pages that the next layer used in the step before.
 
     Raises:
-        TypeError, ValueError: naming the argument. ImplError: tier not served.
+        TypeError, ValueError: naming the argument. ImplError: tier not served here. KVStoreError: ``path`` takes no
+        file.
     """
 
     def __init__(
@@ -74,7 +98,13 @@ class KVStore:
         tier: str = "device",
         device_bytes: int | None = None,
         host_bytes: int | None = None,
-        path: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        cold_dtype: torch.dtype | None = None,
+        bank_pages: int | None = None,
+        queue_depth: int = 32,
+        io: str = "auto",
+        direct: bool = True,
+        prefetch: bool = True,
     ) -> None:
         check_config(config)
         for name, value, low in (
@@ -89,27 +119,37 @@ class KVStore:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
         if not isinstance(device, (str, torch.device)):
             raise TypeError(f"device must be a torch.device or a str, got {type(device).__name__} {device!r}")
-        _checks.choice("tier", tier, TIERS)
-        if tier != "device":
-            raise ImplError(f"tier={tier!r} is not served by this version, expected 'device'")
+        _check_tier(tier, host_bytes, path, bank_pages)
         if device_bytes is not None:
             _checks.integer("device_bytes", device_bytes, 0)
-        for name, given in (("host_bytes", host_bytes), ("path", path)):
-            if given is not None:
-                raise ValueError(f"{name} must be None with tier='device', got {given!r}")
+        if cold_dtype not in (None, torch.int8):
+            raise ValueError(f"cold_dtype must be None or torch.int8, got {cold_dtype!r}")
+        _checks.integer("queue_depth", queue_depth, 1, 4096)
+        _checks.choice("io", io, ("auto", "uring", "threads"))
+        _checks.boolean("direct", direct)
+        _checks.boolean("prefetch", prefetch)
         self.config, self.rope, self.tier = config, rope, tier
         self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
         # "cuda" names the current device: a tensor says which one that is
         self.device = torch.empty(0, device=device).device
-        self.device_bytes = device_bytes
-        self._batch = batch
-        self._layers = [_Layer(batch) for _ in range(layers)]
+        self.device_bytes, self.host_bytes = device_bytes, host_bytes
+        self.path = None if path is None else os.path.abspath(path)
+        self.cold_dtype, self.bank_pages, self.prefetch = cold_dtype, bank_pages, prefetch
+        self._io = {"depth": queue_depth, "backend": io, "direct": direct}
+        self._meter = Meter(device_bytes, DEFAULT_HOST_BYTES if tier == "disk" and host_bytes is None else host_bytes)
+        self._layers = [LayerState(i, batch, config, dtype, self._meter) for i in range(layers)]
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
         self._closed = False
+        self._segment: dict[int, Step] | None = None
+        self._engine: Engine | None = None
+        if config.routing != "prefix":
+            self._build(0)
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self._batch
+        return self._layers[0].batch
 
     @property
     def lengths(self) -> Tensor:
@@ -124,7 +164,7 @@ class KVStore:
         """int64 [B] on the CPU: the column that follows what each row of a layer has been given, padding counted."""
         self._check_open()
         _checks.integer("layer", layer, 0, self.layers - 1)
-        return self._layers[layer].columns.clone()
+        return torch.tensor([c.following for c in self._layers[layer].columns], dtype=torch.int64)
 
     def attend(
         self,
@@ -150,104 +190,202 @@ class KVStore:
             [B, T, Hq, D] in q.dtype. Gradients reach q, k, v of this call; the history is constant. Deterministic.
 
         Raises:
-            TypeError, ValueError: before any work, naming the argument; the store is unchanged then.
+            TypeError, ValueError: naming the argument, a byte limit included. KVStoreError: a record cannot be read,
+            verified or written; it names layer, chunk and file. The store is unchanged in every case.
         """
         q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
         self._check_call(layer, q, k, v, attention_mask)
         impl = check_impl(impl)
-        state = self._layers[layer]
-        t = q.shape[1]
         mask = None if attention_mask is None else (attention_mask != 0).cpu()
-        counts = torch.full_like(state.lengths, t) if mask is None else mask.sum(1)
-        after = state.lengths + counts
-        place = state.lengths[:, None] + (
-            torch.arange(t).expand(self._batch, t) if mask is None else torch.where(mask, mask.cumsum(1) - 1, -1)
-        )
-        if mask is not None:
-            place = torch.where(mask, place, -1)
-        appended = {"k": k, "v": v} | ({"q": q} if self.config.routing == "prefix" else {})
-        self._reserve(state, appended, int(after.max()) if self._batch else 0)
-        # beyond ``lengths`` the buffers are scratch: until the commit below, nothing has happened
-        for name, x in appended.items():
-            self._write(state.buffers[name], x.detach(), state.lengths, place, mask)
-        self._summarise(state, after, impl)
-        out = self._attention(state, q, k, v, place, mask, after, impl)
-        self._write(state.column_of, state.columns[:, None] + torch.arange(t), state.lengths, place, mask)
-        state.lengths = after
-        state.columns = state.columns + t
+        with self._lock:
+            engine = self._build(q.shape[2])
+            engine.fetched = functools.partial(self._look_ahead, layer, q.shape[1])
+            state = self._layers[layer]
+            engine.rebuild_tail(state)
+            graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            if graph or self._segment is not None:
+                out, step = engine.run(state, q, k, v, mask, impl, apart=True)
+                if self._segment is not None:
+                    self._segment[layer] = step
+                else:
+                    engine.commit(state, step)
+            else:
+                out = engine.run_all(state, q, k, v, mask, impl)
+            if q.shape[1] > DECODE_QUERIES:
+                state.last_pages = None
         return out
+
+    @contextlib.contextmanager
+    def segment(self) -> Iterator[None]:
+        """Training by segments: what is attended inside is appended when the block ends, and not before.
+
+        ``with store.segment(): loss(model(tokens, cache=store)).backward()`` is one segment of truncated
+        backpropagation: gradients reach the tokens of the segment through its own keys and values, everything before it
+        is constant. Each layer is called once per segment, and as often again with the same tokens as gradient
+        checkpointing likes: every call starts from the history before the segment, gives the same bits and is appended
+        once. An exception inside leaves the store as it was before the segment. Parameter gradients of a sequence are
+        the sums over its segments.
+
+        Raises:
+            ValueError: inside another segment. KVStoreError, ValueError (a byte limit): at the end, when the segment
+            cannot be stored; layers then may differ by it, and ``rewind(length)`` brings them back together.
+        """
+        self._check_open()
+        with self._lock:
+            if self._segment is not None:
+                raise ValueError("this KVStore is inside a segment already, expected one at a time")
+            self._segment = {}
+        try:
+            yield
+        except BaseException:
+            self._segment = None
+            raise
+        with self._lock:
+            pending, self._segment = self._segment, None
+            self._check_open()
+            for layer, step in pending.items():
+                assert self._engine is not None
+                self._engine.commit(self._layers[layer], step)
 
     def reset(self, row: int | None = None) -> None:
         """Forget one row, or all of them, in every layer; memory is kept for reuse.
 
         Raises:
-            TypeError, ValueError: row out of range; nothing has changed then.
+            TypeError, ValueError: row out of range, or inside a segment; nothing has changed then.
         """
-        for b in self._rows(row):
-            for layer in self._layers:
-                layer.lengths[b] = 0
-                layer.columns[b] = 0
+        rows = self._rows(row)
+        with self._lock:
+            for b in rows:
+                for layer in self._layers:
+                    self._cut(layer, b, 0)
 
     def rewind(self, length: int, row: int | None = None) -> None:
         """Keep the first ``length`` tokens of one row, or of every row, in all layers; as if no later one had come.
 
-        Chunks that reopen lose their summaries. The next default position follows the last token kept.
+        Chunks that reopen lose their summaries. The next default position follows the last token kept. Nothing is read
+        here: the next call brings the window back.
 
         Raises:
-            TypeError, ValueError: length beyond what every layer holds; nothing has changed then.
+            TypeError, ValueError: length beyond what every layer holds, or inside a segment; nothing has changed then.
         """
         _checks.integer("length", length, 0)
         rows = self._rows(row)
-        held = self.lengths
-        for b in rows:
-            if length > int(held[b]):
-                raise ValueError(f"length must be at most the {int(held[b])} tokens of row {b}, got {length}")
-        for layer in self._layers:
+        with self._lock:
+            held = self.lengths
             for b in rows:
-                if length < int(layer.lengths[b]):
-                    layer.lengths[b] = length
-                    layer.columns[b] = layer.column_of[b, length - 1] + 1 if length else 0
+                if length > int(held[b]):
+                    raise ValueError(f"length must be at most the {int(held[b])} tokens of row {b}, got {length}")
+            for layer in self._layers:
+                for b in rows:
+                    if length < int(layer.lengths[b]):
+                        self._cut(layer, b, length)
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was (beam search); the batch becomes len(rows).
+        """Row i becomes what row ``rows[i]`` was (beam search); the batch becomes len(rows). Records are shared.
 
         Raises:
-            TypeError, ValueError: an index out of range, or device_bytes exceeded; nothing has changed then.
+            TypeError, ValueError: an index out of range, a byte limit, or inside a segment; nothing has changed then.
         """
         self._check_open()
-        chosen = _checks.row_indices("rows", rows, self._batch)
-        if self._batch:
-            self._check_cap(self._resident() * len(chosen) // self._batch, "reorder")
+        self._check_no_segment()
+        chosen = _checks.row_indices("rows", rows, self.batch)
         index = torch.tensor(chosen, dtype=torch.int64)
-        there = index.to(self.device)
-        for layer in self._layers:
-            layer.lengths = layer.lengths[index]
-            layer.columns = layer.columns[index]
-            layer.column_of = layer.column_of[index]
-            for name in layer.buffers:
-                layer.buffers[name] = layer.buffers[name].index_select(0, there)
-        self._batch = len(chosen)
+        with self._lock:
+            if self.batch:
+                size = sum(layer.nbytes for layer in self._layers)
+                largest = max((x.nbytes for layer in self._layers for x in layer.buffers.values()), default=0)
+                extra = max(0, (size + largest) * len(chosen) // self.batch - size)
+                self._meter.require("device", extra, f"reorder to {len(chosen)} rows")
+            for layer in self._layers:
+                old = layer.records
+                layer.select(index, self.device)
+                if self._engine is not None:
+                    self._engine.records.share(layer.records[layer.records >= 0])
+                    self._engine.forget(old[old >= 0])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all rows to a file that :meth:`load` opens again, a prompt that many requests share for example.
+
+        The file becomes visible when it is complete and synchronised, and replaces an older one as a whole; after a
+        crash at any time there is the old one or the new one.
+
+        Raises:
+            ValueError: no such directory, or inside a segment. KVStoreError: writing failed, or a record that is saved
+            cannot be read. An older file is untouched then.
+        """
+        self._check_open()
+        self._check_no_segment()
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or a path, got {type(path).__name__} {path!r}")
+        with self._lock:
+            for layer in self._layers:
+                if self._engine is not None:
+                    self._engine.rebuild_tail(layer)
+            saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str, **options: Any) -> KVStore:
+        """A store that holds what :meth:`save` wrote, and goes on with the same bits.
+
+        Args:
+            path: of the saved file, which is read once and not needed afterwards.
+            device: as in the constructor.
+            options: tier, device_bytes, host_bytes, bank_pages, queue_depth, io, direct, prefetch of the constructor;
+                ``directory`` is its ``path``. The tier need not be that of the store that was saved.
+
+        Raises:
+            TypeError, ValueError: an option or a byte limit. KVStoreError: the file is missing, incomplete or damaged;
+            it names layer, chunk and file.
+        """
+        if "directory" in options:
+            options["path"] = options.pop("directory")
+        file = saved.Saved(path)
+        with file.file:
+            for name in options:
+                if name in file.arguments:
+                    raise ValueError(f"{name} is that of the saved store, expected no other")
+            store = cls(device=device, **file.arguments, **options)
+            try:
+                file.restore(store)
+            except BaseException:
+                store.close()
+                raise
+        return store
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction.
 
-        hits, misses: chunk reads served by the fast tier or not (0 for "device", where everything is resident);
-        bytes_moved, gb_per_s, stall_s: traffic between tiers, its rate and the seconds waited for it (0 likewise);
-        resident_bytes: bytes of all buffers, by tier, reserve for growth included.
+        hits, misses: pages that a call needed and found in the bank, or not (0 where everything is resident);
+        bytes_moved: between the tiers; gb_per_s: their rate while something was on its way; stall_s: seconds that calls
+        waited for reads; resident_bytes: bytes of all buffers by tier, reserve for growth included; peak_bytes: the
+        most that were ever held, scratch of calls included. Tier "disk" adds bytes_read, bytes_written, reads, writes,
+        retries, rejected (pages whose checksum was wrong), prefetched, backend and direct.
         """
-        return {
-            "hits": 0,
-            "misses": 0,
-            "bytes_moved": 0,
-            "gb_per_s": 0.0,
-            "stall_s": 0.0,
-            "resident_bytes": {"device": self._resident(), "host": 0, "disk": 0},
-        }
+        with self._lock:
+            found: dict[str, Any] = {"hits": 0, "misses": 0, "bytes_moved": 0, "busy_s": 0.0, "stall_s": 0.0}
+            if self._engine is not None and not self._closed:
+                found |= self._engine.tier.counters()
+                file = self._file
+                if file is not None:
+                    found |= {"backend": file.backend, "direct": file.direct}
+            busy = found.pop("busy_s")
+            found["gb_per_s"] = found["bytes_moved"] / busy / 1e9 if busy else 0.0
+            found["resident_bytes"] = {tier: self._meter.held(tier) for tier in TIERS}
+            found["peak_bytes"] = dict(self._meter.peak)
+            return found
 
     def close(self) -> None:
-        """Free all memory. Closing twice is fine; any other call on a closed store raises ValueError."""
-        self._closed = True
-        self._layers = [_Layer(self._batch) for _ in range(self.layers)]
+        """Free all memory and disk space. Closing twice is fine; any other call on a closed store raises ValueError."""
+        if os.getpid() != self._owner and self.tier == "disk":
+            return  # a fork: the parent's
+        with self._lock:
+            batch = self.batch
+            self._closed = True
+            if self._engine is not None:
+                self._engine.tier.close()
+                self._engine = None
+            self._meter.clear()
+            self._layers = [LayerState(i, batch, self.config, self.dtype, self._meter) for i in range(self.layers)]
 
     def __enter__(self) -> KVStore:
         self._check_open()
@@ -256,161 +394,135 @@ class KVStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _file(self) -> Any:
+        tier: Any = self._engine.tier if self._engine is not None else None
+        return getattr(getattr(tier, "lower", tier), "file", None)
+
+    def _build(self, query_heads: int) -> Engine:
+        """Records and their tier; with routing="prefix" the number of query heads is known with the first call only."""
+        if self._engine is not None:
+            return self._engine
+        query_heads = query_heads if self.config.routing == "prefix" else 0
+        layout = Layout(
+            self.config.chunk_size,
+            self.config.group_size,
+            self.kv_heads,
+            query_heads,
+            self.head_dim,
+            self.dtype,
+            self.cold_dtype,
+        )
+        records = Records(int.from_bytes(os.urandom(7), "little"), layout.pages)
+        self._engine = Engine(
+            self.config, self.rope, self.device, layout, records, self._make_tier(layout, records), self._meter
+        )
+        return self._engine
+
+    def _make_tier(self, layout: Layout, records: Records) -> Tier:
+        pinned = self.device.type == "cuda"
+        if self.tier == "device":
+            return Pool("device", self.device, layout, self._meter)
+        lower: Tier
+        if self.tier == "host":
+            lower = Pool("host", torch.device("cpu"), layout, self._meter, pinned=pinned)
+        else:
+            assert self.path is not None
+            left = self._meter.left("host")
+            assert left is not None
+            # the rest for the lists of records and pages, which grow with the history
+            lists = max(left // 8, min(left // 2, LIST_BYTES))
+            slots = (left - lists) // (layout.stride + BANK_LIST_BYTES)
+            if slots < 1:
+                raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
+            lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
+        slots = self._device_slots(layout)
+        return lower if slots == 0 else DeviceBank(lower, slots, self.device, layout, self._meter, self.layers)
+
+    def _device_slots(self, layout: Layout) -> int:
+        if self.bank_pages is not None:
+            return self.bank_pages
+        if self.device.type == "cpu":
+            return 0
+        left = self._meter.left("device")
+        # half of the limit: tables, window and scratch need the rest
+        return DEFAULT_BANK_PAGES if left is None else min(DEFAULT_BANK_PAGES, left // 2 // layout.page_bytes)
+
+    def _look_ahead(self, layer: int, queries: int) -> None:
+        """Ask for what the next layer used in the step before; called when this layer has what it needs."""
+        engine = self._engine
+        assert engine is not None
+        pages = self._layers[(layer + 1) % self.layers].last_pages
+        if self.prefetch and self.layers > 1 and queries <= DECODE_QUERIES and pages is not None:
+            engine.tier.prefetch(pages[engine.records.alive(pages)])
+
+    def _cut(self, layer: LayerState, row: int, length: int) -> None:
+        layer.lengths[row] = length
+        layer.columns[row].cut(length)
+        if length == 0:
+            held = layer.records[row][layer.records[row] >= 0]
+            layer.records[row] = -1
+            layer.base[row] = 0
+            if self._engine is not None:
+                self._engine.forget(held)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this KVStore is closed, expected an open one")
+        if self.tier == "disk" and os.getpid() != self._owner:
+            raise KVStoreError(
+                f"this KVStore belongs to process {self._owner}, not to a fork of it: make one of your own",
+                file=self.path,
+            )
+
+    def _check_no_segment(self) -> None:
+        if self._segment is not None:
+            raise ValueError("this KVStore is inside a segment, expected the call before or after it")
 
     def _check_call(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> None:
         self._check_open()
         _checks.integer("layer", layer, 0, self.layers - 1)
         _checks.qkv(q, k, v)
         b, t, hq, _ = q.shape
-        if b != self._batch:
-            raise ValueError(f"q has batch {b}, expected the {self._batch} rows of the store")
+        if b != self.batch:
+            raise ValueError(f"q has batch {b}, expected the {self.batch} rows of the store")
         if q.dtype != self.dtype:
             raise TypeError(f"q has dtype {q.dtype}, expected {self.dtype} like the store")
         if q.device != self.device:
             raise ValueError(f"q is on {q.device}, expected {self.device} like the store")
         _checks.shape("k", k, (b, t, self.kv_heads, self.head_dim), "B, T, kv_heads, D of the store")
-        kept = self._layers[layer].buffers.get("q")
-        if kept is not None and kept.shape[2] != hq:
-            raise ValueError(f"q has {hq} heads, expected {kept.shape[2]} as in earlier calls of layer {layer}")
+        kept = self._engine.layout.query_heads if self._engine is not None else 0
+        if kept and kept != hq:
+            raise ValueError(f"q has {hq} heads, expected {kept} as in earlier calls of this store")
         if attention_mask is not None:
             _checks.token_mask("attention_mask", attention_mask, b, t, q.device)
 
     def _rows(self, row: int | None) -> list[int]:
         self._check_open()
+        self._check_no_segment()
         if row is None:
-            return list(range(self._batch))
-        _checks.integer("row", row, 0, self._batch - 1)
+            return list(range(self.batch))
+        _checks.integer("row", row, 0, self.batch - 1)
         return [row]
 
-    def _resident(self) -> int:
-        return sum(x.nbytes for layer in self._layers for x in layer.buffers.values())
 
-    def _check_cap(self, needed: int, what: str) -> None:
-        if self.device_bytes is not None and needed > self.device_bytes:
-            raise ValueError(f"device_bytes is {self.device_bytes}, but {what} needs {needed} bytes")
-
-    def _reserve(self, state: _Layer, appended: dict[str, Tensor], tokens: int) -> None:
-        """Make room for ``tokens`` tokens per row: doubled capacity, or exactly enough if the cap allows no more."""
-        config, held = self.config, state.column_of.shape[1]
-        if tokens <= held and "k" in state.buffers:
-            return
-
-        def shapes(capacity: int) -> dict[str, tuple[int, ...]]:
-            chunks = capacity // config.chunk_size
-            wanted = {name: (self._batch, capacity, *x.shape[2:]) for name, x in appended.items()}
-            wanted["chunk_keys"] = (self._batch, chunks, self.kv_heads, self.head_dim)
-            wanted["group_keys"] = (self._batch, chunks, config.groups_per_chunk, self.kv_heads, self.head_dim)
-            return wanted
-
-        def needed(capacity: int) -> int:
-            size = sum(torch.Size(x).numel() for x in shapes(capacity).values())
-            # old and new buffers are both there while one is copied into the other
-            return self._resident() + size * self.dtype.itemsize
-
-        capacity = max(tokens, 2 * held, config.chunk_size)
-        if self.device_bytes is not None and needed(capacity) > self.device_bytes:
-            capacity = tokens
-            self._check_cap(needed(capacity), f"a history of {tokens} tokens")
-        grown = {}
-        for name, shape in shapes(capacity).items():
-            grown[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
-            old = state.buffers.get(name)
-            if old is not None:
-                grown[name][:, : old.shape[1]] = old
-        columns = torch.zeros(self._batch, capacity, dtype=torch.int64)
-        columns[:, :held] = state.column_of
-        state.buffers, state.column_of = grown, columns
-
-    def _write(self, buffer: Tensor, x: Tensor, lengths: Tensor, place: Tensor, mask: Tensor | None) -> None:
-        """buffer[b, place[b, t]] = x[b, t] for every token that is not masked."""
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            return
-        if mask is None and bool((lengths == lengths[0]).all()):
-            start = int(lengths[0])
-            buffer[:, start : start + x.shape[1]] = x
-            return
-        rows, columns = torch.nonzero(torch.ones_like(place, dtype=torch.bool) if mask is None else mask, as_tuple=True)
-        at = place[rows, columns].to(x.device)
-        rows, columns = rows.to(x.device), columns.to(x.device)
-        buffer[rows, at] = x[rows, columns]
-
-    def _summarise(self, state: _Layer, after: Tensor, impl: str) -> None:
-        """Summaries of the chunks that the new tokens have closed."""
-        c, g = self.config.chunk_size, self.config.group_size
-        spans = list(
-            zip((state.lengths // c).tolist(), torch.div(after, c, rounding_mode="floor").tolist(), strict=True)
-        )
-        together = len(set(spans)) == 1
-        for b, (start, stop) in enumerate(spans[:1] if together else spans):
-            if start < stop:
-                rows = slice(None) if together else slice(b, b + 1)
-                keys = state.buffers["k"][rows, start * c : stop * c]
-                found = summaries_forward(keys, self.rope.inv_freq, None, c, g, impl)
-                state.buffers["chunk_keys"][rows, start:stop], state.buffers["group_keys"][rows, start:stop] = found
-
-    def _attention(
-        self,
-        state: _Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        place: Tensor,
-        mask: Tensor | None,
-        after: Tensor,
-        impl: str,
-    ) -> Tensor:
-        config = self.config
-        length = int(after.max()) if self._batch else 0
-        chunks = length // config.chunk_size
-        positions = place.to(self.device)
-        chunk_keys, group_keys = state.buffers["chunk_keys"][:, :chunks], state.buffers["group_keys"][:, :chunks]
-        queries, at, context = q.detach(), positions, 0
-        if config.routing == "prefix" and self._batch:
-            opened = state.lengths % config.chunk_size  # queries of the open chunk, from its start
-            context = int(opened.max())
-            column = (state.lengths - opened)[:, None] + torch.arange(context)
-            there = torch.where(column < state.lengths[:, None], column, -1).to(self.device)
-            rows = torch.arange(self._batch, device=self.device)[:, None]
-            queries = torch.cat((state.buffers["q"][rows, there.clamp(min=0)], queries), 1)
-            at = torch.cat((there, positions), 1)
-        routes = route_forward(queries, chunk_keys, group_keys, at, context, *budgets(config), impl)
-        keys, values = self._history(state, k, v, place, mask, length)
-        out, _, _ = attention_forward(
-            q,
-            keys,
-            values,
-            self.rope.inv_freq,
-            positions,
-            None,
-            routes,
-            config.group_size,
-            *budgets(config),
-            self.head_dim**-0.5,
-            impl,
-        )
-        return out
-
-    def _history(
-        self, state: _Layer, k: Tensor, v: Tensor, place: Tensor, mask: Tensor | None, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, length, kv_heads, D]; those of this call with their gradient."""
-        held = state.buffers["k"][:, :length], state.buffers["v"][:, :length]
-        if not torch.is_grad_enabled():
-            return held
-        if place.shape[1] == 0 or not (k.requires_grad or v.requires_grad):
-            # autograd would save a view of the buffer for q's gradient, and the next call writes into the buffer
-            return held[0].clone(), held[1].clone()
-        source = torch.full((self._batch, length), -1, dtype=torch.int64)
-        columns = torch.arange(place.shape[1]).expand_as(place)
-        self._write(source, columns, state.lengths, place, mask)
-        source = source.to(self.device)
-        current = (source >= 0)[:, :, None, None]
-        index = source.clamp(min=0)[:, :, None, None]
-        keys, values = (
-            torch.where(current, x.gather(1, index.expand(-1, -1, *x.shape[2:])), old)
-            for x, old in zip((k, v), held, strict=True)
-        )
-        return keys, values
+def _check_tier(tier: str, host_bytes: int | None, path: object, bank_pages: int | None) -> None:
+    _checks.choice("tier", tier, ("device", "host", "disk"))
+    if tier == "device":
+        for name, given in (("host_bytes", host_bytes), ("bank_pages", bank_pages)):
+            if given is not None:
+                raise ValueError(f"{name} must be None with tier='device', got {given!r}")
+    if host_bytes is not None:
+        _checks.integer("host_bytes", host_bytes, 0)
+    if bank_pages is not None:
+        _checks.integer("bank_pages", bank_pages, 0)
+    if tier != "disk":
+        if path is not None:
+            raise ValueError(f"path must be None with tier={tier!r}, got {path!r}")
+        return
+    if path is None:
+        raise ValueError("path must be given with tier='disk', got None")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__} {path!r}")
+    if not os.path.isdir(path):
+        raise ValueError(f"path must be a directory that exists, got {os.fspath(path)!r}")

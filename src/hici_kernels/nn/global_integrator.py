@@ -107,7 +107,13 @@ class GlobalIntegrator(nn.Module):
         return x if self.stat_expand is None else self.stat_expand(x)
 
     def forward(
-        self, local: Tensor, causal: bool = False, valid: Tensor | None = None, cu_segments: Tensor | None = None
+        self,
+        local: Tensor,
+        causal: bool = False,
+        valid: Tensor | None = None,
+        cu_segments: Tensor | None = None,
+        *,
+        stats: Tensor | None = None,
     ) -> Tensor:
         """Global slots of local [B, N, M, H].
 
@@ -115,10 +121,13 @@ class GlobalIntegrator(nn.Module):
             causal: G_i of segments 1..i.
             valid: bool [B, N]; False = the segment is left out.
             cu_segments: int32 [docs+1], B == 1: packed documents, segments before each.
+            stats: [..., 5, H], compressed to [..., K, H] instead of those of ``local`` (decoding keeps running ones).
 
         Returns:
             [B, K, H]; [B, N, K, H] if causal or packed (every segment then carries its document's slots).
         """
+        if stats is not None:
+            return self.compress(stats)
         _checks.tensor("local", local, "B, N, M, H")
         _checks.shape("local", local, (*local.shape[:3], self.hidden_size), "B, N, M, hidden_size")
         stats = global_stats(local, causal=causal, valid=valid, cu_segments=cu_segments, impl=self.impl)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .hici_cache import SegmentCache
 from .prefix import uses_global, uses_local, uses_slots
 
 if TYPE_CHECKING:
-    from .hici_attention import HiCIAttention
+    from .slot_attention import SlotAttention
 
 
 class _Call(NamedTuple):
@@ -27,21 +28,30 @@ class _Call(NamedTuple):
     column: Tensor
 
 
-def extend(layer: HiCIAttention, cache: SegmentCache, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-    """Append tokens to every row and return their attention [B, T, H]; after an exception the cache is as before."""
+def extend(
+    layer: SlotAttention,
+    cache: SegmentCache,
+    hidden: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    output: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Append tokens to every row; ``output`` of their contexts. After an exception the cache is as before."""
     assert layer.config.segment_len is not None
     saved = cache.snapshot(bool((cache.filled + hidden.shape[1] >= layer.config.segment_len).any()))
     try:
-        return _extend(layer, cache, hidden, positions, mask)
+        return output(_extend(layer, cache, hidden, q, k, v, mask))
     except BaseException:
         cache.restore(saved)
         raise
 
 
 def _extend(
-    layer: HiCIAttention, cache: SegmentCache, hidden: Tensor, positions: Tensor, mask: Tensor | None
+    layer: SlotAttention, cache: SegmentCache, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Append tokens to every row and return their attention [B, T, H].
+    """Append tokens to every row and return their contexts [B, T, Hq D].
 
     A call is worked off in rounds: each row fills its own open segment, at most to its end, so that rows of different
     phase need no more rounds than segments they touch. A segment that is full is closed: its slots are built, counted
@@ -50,7 +60,6 @@ def _extend(
     b, t, _ = hidden.shape
     length = layer.config.segment_len
     assert length is not None
-    q, k, v = layer.project(hidden, positions)
     slots = (layer.config.global_slots if uses_global(layer.config) else 0) + (
         layer.config.num_local_slots if uses_local(layer.config) else 0
     )
@@ -97,10 +106,10 @@ def _extend(
     if order is not None:
         index = order[:, :, None, None].expand_as(context)
         context = torch.zeros_like(context).scatter(1, index, context)
-    return layer.o_proj(context.flatten(-2))
+    return context.flatten(-2)
 
 
-def _attend(layer: HiCIAttention, cache: SegmentCache, piece: _Call, token: Tensor | None) -> Tensor:
+def _attend(layer: SlotAttention, cache: SegmentCache, piece: _Call, token: Tensor | None) -> Tensor:
     """Attention of new tokens to [slots, recurrence, open segment, themselves]; token bool [B, t], None = all."""
     held = int(cache.filled.max())
     history = bool(cache.has_history.any())
@@ -150,7 +159,7 @@ def _enter(cache: SegmentCache, piece: _Call, used: Tensor | None, take: Tensor)
 
 
 @torch.no_grad()
-def _close(layer: HiCIAttention, cache: SegmentCache, rows: Tensor) -> None:
+def _close(layer: SlotAttention, cache: SegmentCache, rows: Tensor) -> None:
     """Turn the full open segments of ``rows`` into slots and recurrence, and open the next ones."""
     config = layer.config
     at = rows.to(cache.seen.device)
@@ -164,7 +173,7 @@ def _close(layer: HiCIAttention, cache: SegmentCache, rows: Tensor) -> None:
             local = layer.local_constructor(cache.hidden[filled_at], mask if cache.ragged else None)[:, 0]
             kept = []
             if uses_global(config):
-                kept.append(layer.global_integrator.compress(_statistics(cache, filled_at, local)))
+                kept.append(layer.global_integrator(local, stats=_statistics(cache, filled_at, local)))
             if uses_local(config):
                 kept.append(local)
             slot_k, slot_v = layer.project_slots(torch.cat(kept, 1))

@@ -11,17 +11,17 @@ from .. import _checks
 from ..ops.local_slots.api import local_slots
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """The matrix [out, in] a bias-free linear module applies, adapters included.
+def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
+    """The matrix [out, in] a bias-free linear module applies, adapters included, on the device of ``like``.
 
-    A plain nn.Linear hands out its parameter; anything else (an adapter wrapped around it) is asked for the images of
-    the unit vectors, which is exact for every linear map.
+    A plain nn.Linear hands out its parameter; anything else (an adapter wrapped around it, weights that are fetched
+    only while the module runs) is asked for the images of the unit vectors, which is exact for every linear map.
     """
-    if type(linear) is nn.Linear:
-        return linear.weight
     base = linear.weight
     assert isinstance(base, Tensor)
-    return linear(torch.eye(base.shape[1], dtype=base.dtype, device=base.device)).T
+    if type(linear) is nn.Linear and base.device.type != "meta":
+        return base
+    return linear(torch.eye(base.shape[1], dtype=base.dtype, device=like.device)).T
 
 
 class LocalConstructor(nn.Module):
@@ -90,8 +90,8 @@ class LocalConstructor(nn.Module):
         slots = local_slots(
             hidden,
             self.q_proj(self.memory_slots),
-            weight_of(self.k_proj),
-            weight_of(self.v_proj),
+            weight_of(self.k_proj, hidden),
+            weight_of(self.v_proj, hidden),
             num_heads=self.num_heads,
             segment_len=segment_len,
             attention_mask=attention_mask,

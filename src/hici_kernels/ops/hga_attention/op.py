@@ -18,7 +18,8 @@ from ..hga_route.op import width
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor inv_freq, Tensor? positions, Tensor? attention_mask, Tensor? routes, "
     "SymInt group_size, SymInt chunk_size, SymInt keep_first, SymInt keep_last, SymInt topk_chunks, "
-    "SymInt topk_groups, str routing, SymInt route_block, str share, float scale, str impl"
+    "SymInt topk_groups, str routing, SymInt route_block, str share, SymInt super_chunk, SymInt topk_supers, "
+    "float scale, str impl"
 )
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
 TENSORS = 7

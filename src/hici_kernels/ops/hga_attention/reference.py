@@ -12,6 +12,7 @@ from ...rope import working_dtype
 from ..hga_route.reference import forward as route
 from ..hga_route.reference import regions
 from ..hga_summaries.reference import forward as summarise
+from ..hga_summaries.supers import super_chunk_keys
 
 # Queries per tile and numbers per score matrix. Rows are independent, so they only set memory.
 ROWS = 256
@@ -132,6 +133,8 @@ def forward(
     routing: str,
     route_block: int,
     share: str,
+    super_chunk: int,
+    topk_supers: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, T, Hq, D], lse [B, Hq, T], routes [B, T, Hq, w])."""
@@ -157,6 +160,9 @@ def forward(
                 routing,
                 route_block,
                 share,
+                super_chunk,
+                topk_supers,
+                super_chunk_keys(chunk_keys, super_chunk) if super_chunk else None,
             )
         else:
             routes = routes.clone()

@@ -19,6 +19,7 @@ def hga_route(
     config: HGAConfig,
     *,
     positions: Tensor | None = None,
+    super_keys: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """The groups that every query opens.
@@ -41,6 +42,9 @@ def hga_route(
                    topk_groups // 2 best candidates and its chunk among its own topk_chunks best. With W = 0, chunk
                    n - 1 is visible to every query of the block.
         For "prefix" and "block" the indices of a row must increase along t.
+    config.super_chunk X > 0 ("strict"): of the super-chunks s with chunks [s X, (s + 1) X) inside the pool, only the
+        chunks of the min(topk_supers, all) highest q_t . super_keys[s] stay in the pool, and those in no such s.
+
     config.share "kv": each score is the maximum over the query heads of a kv group, which then share their route.
 
     Args:
@@ -50,6 +54,7 @@ def hga_route(
         positions: int [B, T], index of each query in its row; negative = a query that opens nothing. Default: the last
             T of the first max(T, n C) indices; a query in the middle of an open chunk needs its index given. Contents
             are not checked: chunks that are not among the n are not picked.
+        super_keys: [B, n // X, Hkv, D] of :func:`super_chunk_keys`, as a cache keeps them; default: formed anew.
         impl: implementation name, or None for the fastest that serves the call.
 
     Returns:
@@ -76,8 +81,23 @@ def hga_route(
     if d < 1:
         raise ValueError(f"q must have head_dim at least 1, got shape {tuple(q.shape)}")
     check_positions(positions, q)
+    if super_keys is not None:
+        if not config.super_chunk:
+            raise ValueError("super_keys must be None with config.super_chunk 0")
+        _checks.tensor("super_keys", super_keys, "B, n // X, Hkv, D")
+        _checks.shape("super_keys", super_keys, (b, n // config.super_chunk, hkv, d), "B, n // X, Hkv, D")
+        _checks.floats(q=q, super_keys=super_keys)
+        _checks.last_contiguous(super_keys=super_keys)
+        super_keys = super_keys.detach()
     routes = route_forward(
-        q.detach(), chunk_keys.detach(), group_keys.detach(), positions, 0, *budgets(config), check_impl(impl)
+        q.detach(),
+        chunk_keys.detach(),
+        group_keys.detach(),
+        positions,
+        0,
+        *budgets(config),
+        check_impl(impl),
+        super_keys,
     )
     return pad_routes(routes, config)
 
@@ -100,8 +120,8 @@ def check_positions(positions: object, q: Tensor) -> None:
         _checks.shape("positions", positions, tuple(q.shape[:2]), "B, T")
 
 
-def budgets(config: HGAConfig) -> tuple[int, int, int, int, int, str, int, str]:
-    """The fields that the operation's schema lists from ``chunk_size`` to ``share``."""
+def budgets(config: HGAConfig) -> tuple[int, int, int, int, int, str, int, str, int, int]:
+    """The fields that the operations' schemas list from ``chunk_size`` to ``topk_supers``."""
     return (
         config.chunk_size,
         config.keep_first,
@@ -111,4 +131,6 @@ def budgets(config: HGAConfig) -> tuple[int, int, int, int, int, str, int, str]:
         config.routing,
         config.route_block,
         config.share,
+        config.super_chunk,
+        config.topk_supers,
     )

@@ -1,7 +1,7 @@
 """hga_route: schema and shapes of the torch.library operation.
 
-The first ``context`` queries only feed the maxima of routing="prefix": they are what a cache keeps of the open chunk,
-and get no route.
+``super_keys`` belong to ``super_chunk`` > 0, and are formed anew where a caller keeps none. The first ``context``
+queries only feed the maxima of routing="prefix": they are what a cache keeps of the open chunk, and get no route.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..._dispatch import select
 from ..._library import register
+from ..hga_summaries.supers import super_chunk_keys
 
 ARGUMENTS = (
     "Tensor q, Tensor chunk_keys, Tensor group_keys, Tensor? positions, SymInt context, SymInt chunk_size, "
     "SymInt keep_first, SymInt keep_last, SymInt topk_chunks, SymInt topk_groups, str routing, SymInt route_block, "
-    "str share, str impl"
+    "str share, SymInt super_chunk, SymInt topk_supers, str impl"
 )
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
 
@@ -28,8 +29,12 @@ def width(topk_groups: int, chunks: int, groups_per_chunk: int) -> int:
 
 
 def _forward(*arguments: Any) -> Tensor:
-    *given, impl = arguments
-    return select("hga_route", impl, dict(zip(NAMES, given, strict=True))).forward(*given)
+    # an argument left at its default may not be passed on
+    given, impl, super_keys = arguments[: len(NAMES)], arguments[len(NAMES)], (*arguments, None)[len(NAMES) + 1]
+    named = dict(zip(NAMES, given, strict=True))
+    if super_keys is None and named["super_chunk"]:
+        super_keys = super_chunk_keys(named["chunk_keys"], named["super_chunk"])
+    return select("hga_route", impl, named).forward(*given, super_keys)
 
 
 def _forward_fake(*arguments: Any) -> Tensor:
@@ -39,4 +44,4 @@ def _forward_fake(*arguments: Any) -> Tensor:
     return given["q"].new_empty((b, t - given["context"], hq, w), dtype=torch.int32)
 
 
-route_forward = register("hga_route", f"({ARGUMENTS}) -> Tensor", _forward, _forward_fake)
+route_forward = register("hga_route", f"({ARGUMENTS}, Tensor? super_keys=None) -> Tensor", _forward, _forward_fake)

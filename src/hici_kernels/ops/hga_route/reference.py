@@ -74,6 +74,9 @@ class Router:
         routing: str,
         route_block: int,
         share: str,
+        super_chunk: int,
+        topk_supers: int,
+        super_keys: Tensor | None,
     ) -> None:
         self.m = group_keys.shape[2]
         self.wide = working_dtype(chunk_keys.dtype)
@@ -84,6 +87,7 @@ class Router:
         self.chunk_size, self.keep_first, self.keep_last = chunk_size, keep_first, keep_last
         self.topk_chunks, self.topk_groups = topk_chunks, topk_groups
         self.routing, self.share = routing, share
+        self.super_chunk, self.topk_supers, self.super_keys = super_chunk, topk_supers, super_keys
         self.span = {"strict": 1, "prefix": chunk_size, "block": min(chunk_size, route_block)}[routing]
 
     def shared(self, score: Tensor) -> Tensor:
@@ -130,6 +134,8 @@ class Router:
         c = torch.arange(chunks, device=q.device)
         pool = (c >= region.f.unsqueeze(-1)) & (c < region.l.unsqueeze(-1)) & (p >= 0).unsqueeze(-1)
         pool = pool[:, :, None, None]
+        if self.super_keys is not None:
+            pool = pool & self.survivors(q, region, c)
         least = torch.finfo(self.wide).min  # a real score stays above "not a candidate", whatever its size
         sigma = torch.where(pool, self.scores(q, self.chunk_keys[:, :chunks]).clamp(min=least), -torch.inf)
         count = min(self.topk_chunks, chunks)
@@ -152,6 +158,19 @@ class Router:
         if self.routing != "block":
             return ascending(_at(candidates, top(gamma, budget)))
         return self.block(own, gamma, picks, candidates, region, run, budget)
+
+    def survivors(self, q: Tensor, region: Regions, c: Tensor) -> Tensor:
+        """bool [B, E, G, r, chunks]: False for chunks of super-chunks inside the pool that are not among the best."""
+        assert self.super_keys is not None
+        x = self.super_chunk
+        supers = torch.arange(len(c) // x, device=q.device)
+        inside = (supers * x >= region.f.unsqueeze(-1)) & ((supers + 1) * x <= region.l.unsqueeze(-1))
+        inside = inside[:, :, None, None]
+        least = torch.finfo(self.wide).min
+        score = self.scores(q, self.super_keys[:, : len(supers)]).clamp(min=least)
+        best = _members(top(torch.where(inside, score, -torch.inf), self.topk_supers), len(supers)) > 0
+        kept = (best | ~inside).repeat_interleave(x, -1)
+        return torch.nn.functional.pad(kept, (0, len(c) - kept.shape[-1]), value=True)
 
     def block(
         self, sigma: Tensor, gamma: Tensor, picks: Tensor, candidates: Tensor, region: Regions, run: Tensor, budget: int
@@ -210,6 +229,9 @@ def forward(
     routing: str,
     route_block: int,
     share: str,
+    super_chunk: int = 0,
+    topk_supers: int = 0,
+    super_keys: Tensor | None = None,
 ) -> Tensor:
     """int32 [B, T - context, Hq, min(topk_groups, n M)]."""
     b, t, hq, _ = q.shape
@@ -239,6 +261,9 @@ def forward(
             routing,
             route_block,
             share,
+            super_chunk,
+            topk_supers,
+            super_keys,
         )
         run = runs(p, chunk_size, route_block if routing == "block" else None)
         q = q.unflatten(2, (hkv, hq // hkv))

@@ -1,0 +1,88 @@
+"""From a training run to the two files of a published HiCI checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import files, fsdp, names, zero
+
+
+def extract(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, int]:
+    """Write ``adapter_model.safetensors`` and ``trainable_params.safetensors`` from the weights of a training run.
+
+    The run is a directory with ZeRO shards (stages 1 to 3; ``latest`` or ``global_step*`` inside, or the step itself),
+    a sharded torch.distributed checkpoint (FSDP), or plain weights (model or adapter files, sharded or not). Names with
+    "lora" go to the adapter, without the adapter's name; embeddings, norms and slot modules to the other file, under
+    the base model's names. An ``adapter_config.json``, ``config.json`` or ``hici_config.json`` of the run is copied.
+
+    Args:
+        dtype: of the written LoRA matrices; default as stored (float32 from ZeRO). Others are written as stored.
+
+    Returns:
+        Number of tensors in each file.
+
+    Raises:
+        ValueError: no weights found, shards missing, no slot modules among them; nothing has been written then.
+    """
+    run, out = Path(run), Path(out)
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a directory")
+    say = progress or (lambda line: None)
+    tensors = _weights(run, say)
+    adapter: dict[str, Tensor] = {}
+    trainable: dict[str, Tensor] = {}
+    for raw, x in tensors.items():
+        name = names.canonical(raw)
+        if name is None:
+            continue
+        if names.is_lora(name):
+            module, part = names.lora_parts(name)
+            adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x if dtype is None else x.to(dtype)
+        elif names.is_trainable(name):
+            trainable[name] = x
+    if not any(names.slot_parts(name) for name in trainable):
+        raise ValueError(f"{run} holds {len(tensors)} tensors, but none of local_constructor or global_integrator")
+    counts = {"trainable_params": len(trainable)}
+    files.write(out / "trainable_params.safetensors", trainable)
+    if adapter:
+        files.write(out / "adapter_model.safetensors", adapter)
+        counts["adapter_model"] = len(adapter)
+    for name in ("adapter_config.json", "hici_config.json"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
+    for what, count in counts.items():
+        say(f"{what}.safetensors: {count} tensors")
+    return counts
+
+
+def _weights(run: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
+    step = zero.find(run)
+    if step is not None:
+        say(f"ZeRO shards in {step}")
+        return zero.weights(step)
+    sharded = fsdp.find(run)
+    if sharded is not None:
+        say(f"sharded checkpoint in {sharded}")
+        return fsdp.weights(sharded)
+    found: dict[str, Tensor] = {}
+    for stem in ("model", "pytorch_model", "adapter_model", "trainable_params"):
+        for path in files.shards(run, stem):
+            say(f"weights in {path}")
+            found |= dict(files.read(path))
+    if not found:
+        raise ValueError(
+            f"{run} holds no weights this library knows: neither ZeRO shards (*optim_states.pt), nor a sharded "
+            "checkpoint (.metadata), nor model, pytorch_model, adapter_model or trainable_params files"
+        )
+    return found

@@ -1,0 +1,60 @@
+"""Names of tensors in published HiCI checkpoints, old and new.
+
+A checkpoint of a training run consists of ``adapter_model`` (LoRA matrices, PEFT names without the adapter's name) and
+``trainable_params`` (embeddings, norms and slot modules under the base model's names); a merged one is a model
+directory with the slot modules among its weights.
+"""
+
+from __future__ import annotations
+
+import re
+
+TRAINABLE = ("embed", "norm", "local_constructor", "global_integrator")
+SLOT_MODULES = ("local_constructor", "global_integrator")
+PEFT_PREFIX = "base_model.model."
+
+_OLD = (
+    (".global_memory.", ".local_constructor."),
+    (".hierarchical_aggregator.", ".global_integrator."),
+    (".local_constructor.local_queries", ".local_constructor.memory_slots"),
+)
+_WRAPPED = (".base_layer.", ".modules_to_save.default.")
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.self_attn\.(local_constructor|global_integrator)\.(.+)$")
+
+
+def canonical(name: str) -> str | None:
+    """The name a tensor has in a model with slots; None for one that is a copy kept aside by an adapter."""
+    if ".original_module." in name:
+        return None
+    while name.startswith(PEFT_PREFIX):
+        name = name.removeprefix(PEFT_PREFIX)
+    name = name.removeprefix("module.")
+    for wrapper in _WRAPPED:
+        name = name.replace(wrapper, ".")
+    for old, new in _OLD:
+        name = name.replace(old, new)
+    return name
+
+
+def is_lora(name: str) -> bool:
+    return "lora_" in name
+
+
+def lora_parts(name: str) -> tuple[str, str]:
+    """Module and part ("A" or "B") of a canonical LoRA name."""
+    found = _LORA.match(name)
+    if found is None:
+        raise ValueError(f"{name} is not the name of a LoRA matrix this library knows")
+    return found["module"], found["part"]
+
+
+def slot_parts(name: str) -> tuple[int, str] | None:
+    """Layer and name inside the attention module of a slot tensor, None for any other tensor."""
+    found = _LAYER.search(name)
+    return None if found is None else (int(found[1]), f"{found[2]}.{found[3]}")
+
+
+def is_trainable(name: str) -> bool:
+    """Whether the published recipe trains this tensor besides LoRA."""
+    return not is_lora(name) and any(part in name for part in TRAINABLE)

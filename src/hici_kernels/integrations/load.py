@@ -1,0 +1,192 @@
+"""load_hici: a published checkpoint onto a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hici import apply_hici, check_hici
+from .host import Host
+from .published import Published, configuration, read
+from .rope_scaling import apply_rope_scaling, linear_factor
+
+
+def load_hici(
+    model_or_base: nn.Module | str | Path,
+    path: str | Path | Sequence[str | Path],
+    *,
+    merge_lora: bool = False,
+    **overrides: Any,
+) -> nn.Module:
+    """Load a HiCI checkpoint onto its base model.
+
+    Args:
+        model_or_base: the base model, changed in place; or its directory or hub name, loaded by
+            AutoModelForCausalLM.from_pretrained.
+        path: a directory in either published layout, or weight files: ``adapter_model`` (LoRA, also on the slot
+            modules) and ``trainable_params`` (embeddings, norms, slot modules), .safetensors or .bin; or a merged
+            model directory with slots. Old names (global_memory.*, hierarchical_aggregator.*, local_queries, an
+            integrator without o_proj) are understood.
+        merge_lora: add the LoRA products to the weights. False keeps them apart, through PEFT.
+        overrides: fields of :class:`HiCIConfig` (num_memory_slots = num_local_slots), rope_factor, lora_alpha.
+
+    Sizes are read from the tensors. What they cannot tell (num_heads, context_mode, segment rule, RoPE factor, and
+    lora_alpha where there is LoRA) comes from ``hici_config.json``, ``config.json`` or ``adapter_config.json`` beside
+    the weights, or from the call. Embeddings are resized to the checkpoint's rows (new rows of an untied output
+    embedding are the mean of the old ones, as in the published recipe). Weights take the model's dtype.
+
+    Returns:
+        The model, or with LoRA kept apart a PeftModel around it.
+
+    Raises:
+        ValueError: something is missing, contradictory or does not fit the model; the model is unchanged then.
+        FileNotFoundError. ImportError: LoRA kept apart without peft.
+    """
+    # a merged directory that is its own base brings everything but the slots by from_pretrained
+    own_base = isinstance(model_or_base, (str, Path)) and isinstance(path, (str, Path)) and _same(model_or_base, path)
+    found = read(path, slots_only=own_base)
+    config, factor, alpha = configuration(found, overrides)
+    if found.lora and not merge_lora:
+        _need_peft()
+    model = _base(model_or_base)
+    host = Host.of(model)
+    _check_fits(host, found, factor)
+    rows = found.base.get("model.embed_tokens.weight")
+    if rows is not None:
+        _resize(host, rows.shape[0])
+    if factor != 1.0 and linear_factor(host) == 1.0:
+        apply_rope_scaling(model, "linear", factor)
+    apply_hici(model, config)
+    scale = None if alpha is None or not found.lora else alpha / found.rank
+    targets = dict(host.model.named_parameters())
+    with torch.no_grad():
+        for name, x in _named(host, found):
+            targets[name].copy_(x)
+        if merge_lora and scale is not None:
+            for module, pair in found.lora.items():
+                weight = targets[f"{module}.weight"]
+                delta = scale * (pair["B"].float() @ pair["A"].float())
+                weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
+    if found.lora and not merge_lora:
+        assert alpha is not None
+        return _with_adapter(model, found, alpha)
+    return model
+
+
+def _same(a: str | Path, b: str | Path) -> bool:
+    return Path(a).exists() and Path(b).exists() and Path(a).samefile(b)
+
+
+def _base(given: nn.Module | str | Path) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    from transformers import AutoModelForCausalLM
+
+    from ..checkpoints import names
+
+    directory = Path(given)
+    if not directory.is_dir():
+        return AutoModelForCausalLM.from_pretrained(given)
+    # a merged directory may be its own base: its plain part is loaded, its slots follow
+    import json
+
+    from transformers import AutoConfig
+
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if not str(content.get("model_type", "")).startswith("hici_"):
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        odd = [k for k in info["missing_keys"] if names.slot_parts(str(names.canonical(k))) is None]
+        if odd:
+            raise ValueError(f"{directory} lacks {sorted(odd)[0]}")
+        return model
+    kind = content["model_type"].removeprefix("hici_")
+    config = AutoConfig.for_model(kind, **{k: v for k, v in content.items() if k not in ("model_type", "hici")})
+    return AutoModelForCausalLM.from_pretrained(directory, config=config)
+
+
+def _check_fits(host: Host, found: Published, factor: float) -> None:
+    """Everything that could fail later, before the model is touched."""
+    host.check_free("load_hici")
+    check_hici(host)
+    if len(found.slots) != len(host.attentions):
+        raise ValueError(
+            f"{found.source} holds slots for {len(found.slots)} layers, the model has {len(host.attentions)}"
+        )
+    hidden = found.slots[0]["local_constructor.memory_slots"].shape[1]
+    if hidden != host.decoder.config.hidden_size:
+        raise ValueError(f"{found.source} is for hidden size {hidden}, the model has {host.decoder.config.hidden_size}")
+    current = linear_factor(host)
+    if current != factor and current != 1.0:
+        stated = "another kind of RoPE scaling" if current is None else f"RoPE factor {current}"
+        raise ValueError(f"the model has {stated}, the checkpoint needs rope_factor {factor}")
+    shapes = {name: p.shape for name, p in host.model.named_parameters()}
+    for name, x in found.base.items():
+        if name not in shapes:
+            raise ValueError(f"{found.source} holds {name}, which the model does not have")
+        rows = "embed_tokens" in name or name.startswith("lm_head.")
+        same = shapes[name][1:] == x.shape[1:] if rows else shapes[name] == x.shape
+        if not same:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, the model's is {tuple(shapes[name])}")
+    for module, pair in found.lora.items():
+        slot = any(part in module for part in ("local_constructor", "global_integrator"))
+        if not slot and f"{module}.weight" not in shapes:
+            raise ValueError(f"{found.source} holds LoRA for {module}, which the model does not have")
+        expected = (pair["B"].shape[0], pair["A"].shape[1])
+        if not slot and shapes[f"{module}.weight"] != expected:
+            raise ValueError(f"LoRA of {module} is for {expected}, the model's is {tuple(shapes[f'{module}.weight'])}")
+
+
+def _resize(host: Host, rows: int) -> None:
+    old = host.model.get_input_embeddings().weight
+    if old.shape[0] == rows:
+        return
+    output = host.model.get_output_embeddings()
+    tied = output is None or output.weight is old
+    mean = None if tied else output.weight.detach().float().mean(0)
+    before = old.shape[0]
+    host.model.resize_token_embeddings(rows, mean_resizing=False)
+    if mean is not None and rows > before:
+        weight = host.model.get_output_embeddings().weight
+        with torch.no_grad():
+            weight[before:] = mean.to(weight)
+
+
+def _named(host: Host, found: Published) -> list[tuple[str, Tensor]]:
+    path = {id(module): name for name, module in host.model.named_modules()}
+    slots = [
+        (f"{path[id(host.attentions[i])]}.{name}", x)
+        for i, tensors in found.slots.items()
+        for name, x in tensors.items()
+    ]
+    return [*found.base.items(), *slots]
+
+
+def _need_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("keeping LoRA apart needs peft: pip install peft, or pass merge_lora=True") from error
+
+
+def _with_adapter(model: nn.Module, found: Published, alpha: float) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=found.rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(found.lora),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    targets = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for module, pair in found.lora.items():
+            for part, x in pair.items():
+                targets[f"base_model.model.{module}.lora_{part}.default.weight"].copy_(x)
+    return adapted

@@ -1,0 +1,121 @@
+"""save_hici and merge_hici: what was trained, alone or together with its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import files, names
+from .hici import config_of
+from .host import Host
+from .published import CONFIG_FILE
+from .rope_scaling import linear_factor
+
+
+def save_hici(model: nn.Module, path: str | Path) -> None:
+    """Save what HiCI training changes, in the published layout: a base model and this directory give the model again.
+
+    Writes ``trainable_params.safetensors`` (embeddings, norms and slot modules, under the base model's names, in their
+    own dtype), ``hici_config.json`` (what shapes cannot tell: the HiCIConfig and the RoPE factor) and, where the model
+    carries LoRA, ``adapter_model.safetensors`` and ``adapter_config.json``. Other weights are taken to be those of the
+    base model and are not written.
+
+    Raises:
+        ValueError: the model has no slots, more than one adapter, or RoPE scaling of another kind than linear.
+    """
+    path = Path(path)
+    host, config = Host.of(model), config_of(model)
+    factor = linear_factor(host)
+    if factor is None:
+        raise ValueError("the checkpoint layout knows linear RoPE scaling only; the model has another kind")
+    trainable: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
+    for raw, x in host.model.state_dict().items():
+        name = names.canonical(raw)
+        if name is None:
+            continue
+        if names.is_lora(name):
+            module, part = names.lora_parts(name)
+            adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x
+        elif names.is_trainable(name):
+            trainable[name] = x
+    content = {"hici": config.to_dict(), "rope_factor": factor}
+    lora = _lora_config(model) if adapter else None
+    files.write(path / "trainable_params.safetensors", trainable)
+    files.write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    if lora is not None:
+        files.write(path / "adapter_model.safetensors", adapter)
+        lora.save_pretrained(str(path))
+
+
+def merge_hici(model: nn.Module, path: str | Path, keep_slots: bool) -> None:
+    """Save the model with its LoRA added to the weights; the model itself stays as it is.
+
+    Args:
+        keep_slots: False: the slot modules are left out and what remains is a standard model of its family, for any
+            engine, which computes full attention with the trained weights (the published evaluations do that). True:
+            they are kept, as model type "hici_<family>", which AutoModelForCausalLM.from_pretrained loads once
+            hici_kernels.integrations is imported, and :func:`load_hici` in any case.
+
+    RoPE scaling stays in the config. Products are formed in float32 and rounded to the weights' dtype.
+
+    Raises:
+        TypeError, ValueError: keep_slots no bool; the model has no slots.
+    """
+    if not isinstance(keep_slots, bool):
+        raise TypeError(f"keep_slots must be True or False, got {keep_slots!r}")
+    path = Path(path)
+    host, config = Host.of(model), config_of(model)
+    merged = merged_weights(host.model)
+    if not keep_slots:
+        merged = {name: x for name, x in merged.items() if names.slot_parts(name) is None}
+    host.model.save_pretrained(path, state_dict=merged)
+    note = next(n for n in host.notes if n.method == "apply_hici")
+    plain = note.config_class
+    assert plain is not None
+    written = copy.deepcopy(host.model.config)
+    architecture: str = type(host.model).__name__
+    if not keep_slots:
+        written.__class__ = plain
+        vars(written).pop("hici", None)
+        architecture = architecture.removeprefix("HiCI")
+    written.architectures = [architecture]
+    written.save_pretrained(path)
+    if keep_slots:
+        files.write_text(
+            path / CONFIG_FILE,
+            json.dumps({"hici": config.to_dict(), "rope_factor": linear_factor(host)}, indent=2) + "\n",
+        )
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict a model would have without adapters, their products added; nothing is changed in place."""
+    merged: dict[str, Tensor] = {}
+    for raw, x in model.state_dict().items():
+        name = names.canonical(raw)
+        if name is not None and not names.is_lora(name):
+            merged[name] = x
+    for prefix, module in model.named_modules():
+        layer: Any = module
+        if hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight"):
+            name = f"{names.canonical(prefix + '.')}weight"
+            weight = merged[name]
+            total = weight.float()
+            for adapter in [] if layer.merged else layer.active_adapters:
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                total = total + layer.scaling[adapter] * (b.float() @ a.float()).to(total.device)
+            merged[name] = total.to(weight.dtype)
+    return merged
+
+
+def _lora_config(model: nn.Module) -> Any:
+    configs = getattr(model, "peft_config", {})
+    if len(configs) != 1:
+        raise ValueError(f"model must carry one adapter, got {len(configs)}")
+    return next(iter(configs.values()))

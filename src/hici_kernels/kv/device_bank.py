@@ -1,0 +1,92 @@
+"""A bank in device memory above the tiers "host" and "disk"."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .layout import Layout
+from .meter import Meter
+from .tier import Tier
+
+
+class DeviceBank:
+    """Pages that were used lately, on the device; ``slots`` of them. A request for more is served without the bank."""
+
+    def __init__(
+        self, lower: Tier, slots: int, device: torch.device, layout: Layout, meter: Meter, cycle: int = 1
+    ) -> None:
+        self.lower, self.layout, self.meter, self.device = lower, layout, meter, device
+        size = slots * layout.page_bytes
+        meter.require("device", size, f"a bank of {slots} pages")
+        meter.set("device", "bank", size)
+        self.bank = Bank(slots, cycle)
+        self.memory = torch.empty(slots, layout.page_bytes, dtype=torch.uint8, device=device)
+        self._enter_lists()
+        self.hits = self.misses = self.moved = 0
+        self.busy = 0.0
+
+    def write(self, records: Tensor, pages: Tensor) -> None:
+        self.lower.write(records, pages)
+
+    def groups(self, pages: Tensor, group: Tensor) -> Tensor:
+        layout = self.layout
+        wanted, where = pages.unique(return_inverse=True)
+        if len(wanted):
+            self.meter.require("host", self.bank.growth(int(wanted[-1]) + 1), "the list of pages")
+        found = self.bank.find(wanted)
+        self._enter_lists()
+        absent = (found < 0).nonzero().flatten()
+        self.hits += len(wanted) - len(absent)
+        self.misses += len(absent)
+        self.moved += len(absent) * layout.page_bytes
+        if len(wanted) <= self.bank.slots:
+            if len(absent):
+                arrived = self._fetch(wanted[absent])
+                found[absent] = self.bank.place(wanted[absent])
+                self.memory[found[absent].to(self.device)] = arrived
+            return layout.groups(self.memory, found[where].to(self.device), group.to(self.device))
+        shape = (len(pages), 2, layout.group_size, layout.head_dim)
+        out = torch.empty(shape, dtype=layout.dtype, device=self.device)
+        here = found[where] >= 0
+        at, away = here.nonzero().flatten(), (~here).nonzero().flatten()
+        slots = found[where[at]].to(self.device)
+        out[at.to(self.device)] = layout.groups(self.memory, slots, group[at].to(self.device))
+        began = time.perf_counter()
+        out[away.to(self.device)] = self.lower.groups(pages[away], group[away]).to(self.device)
+        self.busy += time.perf_counter() - began
+        return out
+
+    def pages(self, pages: Tensor) -> Tensor:
+        return self.lower.pages(pages)
+
+    def free(self, pages: Tensor) -> None:
+        self.bank.drop(pages)
+        self.lower.free(pages)
+
+    def prefetch(self, pages: Tensor) -> None:
+        self.lower.prefetch(self.bank.absent(pages))
+
+    def counters(self) -> dict[str, Any]:
+        below = self.lower.counters()
+        own = {"hits": self.hits, "misses": self.misses, "bytes_moved": self.moved + below["bytes_moved"]}
+        return below | own | {"busy_s": self.busy + below["busy_s"], "stall_s": self.busy + below["stall_s"]}
+
+    def close(self) -> None:
+        self.memory = self.memory[:0].clone()
+        self.meter.set("device", "bank", 0)
+        self.meter.set("host", "device bank", 0)
+        self.lower.close()
+
+    def _enter_lists(self) -> None:
+        self.meter.set("host", "device bank", self.bank.nbytes)
+
+    def _fetch(self, pages: Tensor) -> Tensor:
+        began = time.perf_counter()
+        arrived = self.lower.pages(pages).to(self.device)
+        self.busy += time.perf_counter() - began
+        return arrived

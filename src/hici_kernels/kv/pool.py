@@ -1,0 +1,85 @@
+"""Records that stay in memory: the tiers "device" and "host"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .meter import Meter
+
+LARGEST = 64 << 20  # bytes of a slab
+
+
+class Pool:
+    """Slabs of records, each as large as all before it up to :data:`LARGEST`, or what the limit still allows."""
+
+    def __init__(self, where: str, device: torch.device, layout: Layout, meter: Meter, *, pinned: bool = False) -> None:
+        self.where, self.device, self.layout, self.meter, self.pinned = where, device, layout, meter, pinned
+        self.record_bytes = layout.pages * layout.page_bytes
+        self.slabs: list[Tensor] = []  # uint8 [records, pages, page_bytes]
+        self.starts = torch.zeros(0, dtype=torch.int64)
+        self.room = 0
+
+    def write(self, records: Tensor, pages: Tensor) -> None:
+        if not len(records):
+            return
+        self._grow(int(records.max()) + 1)
+        for slab, there, index in self._located(records):
+            slab[index] = pages[there].to(self.device)
+
+    def groups(self, pages: Tensor, group: Tensor) -> Tensor:
+        layout = self.layout
+        shape = (len(pages), 2, layout.group_size, layout.head_dim)
+        out = torch.empty(shape, dtype=layout.dtype, device=self.device)
+        record, page = pages // layout.pages, pages % layout.pages
+        for slab, there, index in self._located(record):
+            at = (index * layout.pages + page[there]).to(self.device)
+            out[there.to(self.device)] = layout.groups(slab.flatten(0, 1), at, group[there].to(self.device))
+        return out
+
+    def pages(self, pages: Tensor) -> Tensor:
+        out = torch.empty(len(pages), self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        record, page = pages // self.layout.pages, pages % self.layout.pages
+        for slab, there, index in self._located(record):
+            out[there.to(self.device)] = slab[index.to(self.device), page[there].to(self.device)]
+        return out
+
+    def free(self, pages: Tensor) -> None:
+        """Slabs stay for later records."""
+
+    def prefetch(self, pages: Tensor) -> None:
+        """Everything is here."""
+
+    def counters(self) -> dict[str, Any]:
+        return {"hits": 0, "misses": 0, "bytes_moved": 0, "busy_s": 0.0, "stall_s": 0.0}
+
+    def close(self) -> None:
+        self.slabs, self.starts, self.room = [], self.starts[:0], 0
+        self.meter.set(self.where, "records", 0)
+
+    def _located(self, records: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(slab, positions in ``records``, rows of the slab) of every slab that holds some of them."""
+        slab = torch.bucketize(records, self.starts, right=True) - 1
+        found = []
+        for i in slab.unique().tolist():
+            there = (slab == i).nonzero().flatten()
+            found.append((self.slabs[i], there, records[there] - self.starts[i]))
+        return found
+
+    def _grow(self, needed: int) -> None:
+        while self.room < needed:
+            missing = needed - self.room
+            fill = max(1, LARGEST // self.record_bytes)
+            count = max(missing, min(max(self.room, 8), fill))
+            if not self.meter.fits(self.where, count * self.record_bytes):
+                count = missing
+            size = count * self.record_bytes
+            self.meter.require(self.where, size, f"a history of {needed} records of {self.record_bytes} bytes")
+            shape = (count, self.layout.pages, self.layout.page_bytes)
+            self.slabs.append(torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
+            self.starts = torch.cat((self.starts, torch.tensor([self.room])))
+            self.room += count
+            self.meter.set(self.where, "records", self.room * self.record_bytes)

@@ -1,0 +1,414 @@
+"""One call on one layer: compute from what is committed, then commit. Until the commit nothing has happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import HGAConfig
+from ..ops.hga_attention.op import attention_forward
+from ..ops.hga_route.api import budgets
+from ..ops.hga_route.op import route_forward
+from ..ops.hga_summaries.op import summaries_forward
+from ..rope import Rope
+from . import routed
+from .layer import LayerState, first_of_tail
+from .layout import Layout
+from .meter import Meter
+from .records import Records
+from .tier import Tier
+
+#: Tokens of a call that are computed and committed together when no gradient is asked for: bounds the scratch of a long
+#: prefill. The same in every tier.
+SLICE_TOKENS = 1024
+#: Bytes of chunks that are encoded at once.
+ENCODED_BYTES = 8 << 20
+
+
+@dataclass
+class Step:
+    """What a commit needs: ``recent`` [B, R, heads, D] = tail and new tokens by name, from chunk ``base`` on."""
+
+    recent: dict[str, Tensor]
+    base: Tensor
+    after: Tensor
+    mask: Tensor | None
+    columns: int
+
+
+class Engine:
+    """The parts of a store that every layer uses."""
+
+    def __init__(
+        self,
+        config: HGAConfig,
+        rope: Rope,
+        device: torch.device,
+        layout: Layout,
+        records: Records,
+        tier: Tier,
+        meter: Meter,
+    ) -> None:
+        self.config, self.rope, self.device, self.layout = config, rope, device, layout
+        self.records, self.tier, self.meter = records, tier, meter
+        # called when a layer's pages are at hand and its attention is still to come
+        self.fetched: Callable[[], None] = _nothing
+        self.heads = {"k": layout.kv_heads, "v": layout.kv_heads}
+        if config.routing == "prefix":
+            self.heads["q"] = layout.query_heads
+
+    def run_all(self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, impl: str) -> Tensor:
+        """Attend and commit, slice by slice; an exception on the way undoes the slices before it."""
+        ends = self._slices(state, q.shape[1], mask)
+        if len(ends) == 1:
+            out, step = self.run(state, q, k, v, mask, impl, apart=False)
+            self.commit(state, step)
+            return out
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        size = sum(x.nbytes for n, x in state.buffers.items() if n.startswith(("sinks", "tail")))
+        with self.meter.scratch("device", size, "undoing a long call"):
+            before = state.snapshot()
+            start = 0
+            try:
+                for end in ends:
+                    c = slice(start, end)
+                    part = None if mask is None else mask[:, c]
+                    out[:, c], step = self.run(state, q[:, c], k[:, c], v[:, c], part, impl, apart=False)
+                    self.commit(state, step)
+                    start = end
+            except BaseException:
+                written = state.records
+                state.restore(before)
+                new = written[written >= 0]
+                kept = torch.cat((state.records[state.records >= 0], new.new_zeros(0)))
+                self.forget(new[~torch.isin(new, kept)])
+                raise
+        return out
+
+    def run(
+        self,
+        state: LayerState,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        impl: str,
+        *,
+        apart: bool,
+    ) -> tuple[Tensor, Step]:
+        """Outputs of the appended tokens, and the step that would append them.
+
+        apart: nothing that is returned or kept by autograd is a view of a buffer or the caller's own tensor: the step
+        may be committed later.
+        """
+        c, t, b = self.config.chunk_size, q.shape[1], state.batch
+        counts = torch.full_like(state.lengths, t) if mask is None else mask.sum(1)
+        after = state.lengths + counts
+        place = state.lengths[:, None] + (
+            torch.arange(t).expand(b, t) if mask is None else torch.where(mask, mask.cumsum(1) - 1, -1)
+        )
+        if mask is not None:
+            place = torch.where(mask, place, -1)
+        new = {"k": k, "v": v} | ({"q": q.detach()} if "q" in self.heads else {})
+        used = state.lengths - state.base * c
+        local = torch.where(place < 0, -1, place - (state.base * c)[:, None])
+        total = used + counts
+        length = int(total.max()) if b else 0
+        recent, copied = self._recent(state, new, used, local, mask, length, fresh=apart)
+        with self.meter.scratch("device", copied, f"a call of {t} tokens"):
+            self._summarise(state, recent["k"], after, impl)
+            routes = self._route(state, q, recent, place, after, impl)
+            kept = {n: x.detach().clone() if apart and x is new[n] else x.detach() for n, x in recent.items()}
+            step = Step(kept, state.base, after, mask, t)
+            out = self._attend(state, q, recent, place, total, routes, impl)
+        return out, step
+
+    def commit(self, state: LayerState, step: Step) -> None:
+        """Append the tokens of a step: chunks that leave the window become records.
+
+        Raises:
+            ValueError: a byte limit. KVStoreError: the tier. Nothing has changed then.
+        """
+        c, first = self.config.chunk_size, self.config.keep_first
+        base, after = state.base, step.after
+        new_base = first_of_tail(after, self.config)
+        kept = after - new_base * c
+        rows, b = torch.arange(state.batch), state.batch
+        for name, x in step.recent.items():
+            like = tuple(x.shape[2:])
+            if b:
+                most = int(new_base.clamp(max=first).max()) * c
+                if most:
+                    state.reserve(f"sinks.{name}", most, like, self.device, first * c)
+                state.reserve(f"tail.{name}", int(kept.max()), like, self.device, self.tail_tokens)
+        state.reserve_records(int(new_base.max()) if b else 0)
+        written: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            leaving = torch.stack((torch.maximum(base, new_base.clamp(max=first)), new_base), 1)
+            pairs = [(i, chunk) for i in rows.tolist() for chunk in range(*leaving[i].tolist())]
+            at_once = max(1, ENCODED_BYTES // (self.layout.pages * self.layout.page_bytes))
+            for i in range(0, len(pairs), at_once):
+                row, chunk = torch.tensor(pairs[i : i + at_once], dtype=torch.int64).unbind(1)
+                column = ((chunk - base[row]) * c)[:, None] + torch.arange(c)
+                there, column = row[:, None].to(self.device), column.to(self.device)
+                pages = self.layout.encode({n: x[there, column] for n, x in step.recent.items()})
+                numbers = self.take(state, row, chunk)
+                written.append((row, chunk, numbers))
+                self.tier.write(numbers, pages)
+        except BaseException:
+            for _, _, numbers in written:
+                self.forget(numbers)
+            raise
+        for row, chunk, numbers in written:
+            state.records[row, chunk] = numbers
+        self._move(state, step, new_base, kept)
+        for i, held in enumerate(state.lengths.tolist()):
+            state.columns[i].append(held, step.columns, None if step.mask is None else step.mask[i])
+        state.lengths, state.base = after, new_base
+
+    def rebuild_tail(self, state: LayerState) -> None:
+        """After a rewind: bring window and active chunk back from sinks and records."""
+        wanted = first_of_tail(state.lengths, self.config)
+        stale = (wanted < state.base).nonzero().flatten().tolist()
+        c = self.config.chunk_size
+        for b in stale:
+            start, length, base = int(wanted[b]), int(state.lengths[b]), int(state.base[b])
+            stop = min(base, -(-length // c))  # chunks [start, stop) come back
+            stored = state.records[b, max(start, self.config.keep_first) : stop]
+            parts: dict[str, list[Tensor]] = {n: [] for n in self.heads}
+            for n, found in parts.items():
+                sinks = min(stop, self.config.keep_first)
+                if start < sinks:
+                    found.append(state.buffers[f"sinks.{n}"][b, start * c : sinks * c].clone())
+            if len(stored):
+                pages = self.tier.pages(self.records.pages_of(stored).flatten()).to(self.device)
+                back = self.layout.decode(pages.unflatten(0, (len(stored), -1)))
+                for n, found in parts.items():
+                    found.append(back[n].flatten(0, 1))
+            for n, found in parts.items():
+                if length > base * c:
+                    found.append(state.buffers[f"tail.{n}"][b, : length - base * c].clone())
+                row = torch.cat(found)[: length - start * c] if found else None
+                if row is not None:
+                    like = tuple(row.shape[1:])
+                    tail = state.reserve(f"tail.{n}", len(row), like, self.device, self.tail_tokens)
+                    tail[b, : len(row)] = row
+            state.base[b] = start
+            gone = state.records[b, start:].clone()
+            state.records[b, start:] = -1
+            self.forget(gone[gone >= 0])
+
+    def take(self, state: LayerState, rows: Tensor, chunks: Tensor) -> Tensor:
+        """New records [n]; raises ValueError where the limit leaves no room for their names."""
+        self.meter.require("host", self.records.growth(len(rows)), "the list of records")
+        numbers = self.records.take(state.number, rows, chunks)
+        self.meter.set("host", "records list", self.records.nbytes)
+        return numbers
+
+    def forget(self, records: Tensor) -> None:
+        """One owner less for every entry; what nobody owns leaves the tier."""
+        gone = self.records.drop(records)
+        if len(gone):
+            self.tier.free(self.records.pages_of(gone).flatten())
+
+    @property
+    def tail_tokens(self) -> int:
+        """Capacity of a tail: window, active chunk, and as much again of new tokens, written in place."""
+        return (self.config.keep_last + 2) * self.config.chunk_size
+
+    def _slices(self, state: LayerState, t: int, mask: Tensor | None) -> list[int]:
+        """Ends of the parts of a call; at chunk ends where all rows stand alike, so that blocks are not cut."""
+        if t <= SLICE_TOKENS or state.batch == 0:
+            return [t]
+        alike = mask is None and bool((state.lengths == state.lengths[0]).all())
+        if not alike:
+            if self.config.routing == "block":
+                return [t]
+            return [*range(SLICE_TOKENS, t, SLICE_TOKENS), t]
+        size = max(1, SLICE_TOKENS // self.config.chunk_size) * self.config.chunk_size
+        start = size - int(state.lengths[0]) % self.config.chunk_size
+        return [*range(start, t, size), t]
+
+    def _recent(
+        self,
+        state: LayerState,
+        new: dict[str, Tensor],
+        used: Tensor,
+        local: Tensor,
+        mask: Tensor | None,
+        length: int,
+        *,
+        fresh: bool,
+    ) -> tuple[dict[str, Tensor], int]:
+        """Tail and new tokens [B, length, heads, D] by name, and the bytes of it that are no buffer of the layer.
+
+        fresh: never a view of a buffer, which autograd would keep and the next call write into.
+        """
+        t = local.shape[1]
+        before = int(used.max()) if len(used) else 0
+        alike = mask is None and (len(used) == 0 or bool((used == before).all()))
+        if not fresh and length <= self.tail_tokens:
+            for name, x in new.items():
+                tail = state.reserve(f"tail.{name}", length, tuple(x.shape[2:]), self.device, self.tail_tokens)
+                if t == 0 or len(used) == 0:
+                    continue
+                if alike:
+                    tail[:, before : before + t] = x.detach()
+                else:
+                    rows, columns = (local >= 0).nonzero(as_tuple=True)
+                    at = local[rows, columns].to(self.device)
+                    rows, columns = rows.to(self.device), columns.to(self.device)
+                    tail[rows, at] = x.detach()[rows, columns]
+            return {n: state.buffers[f"tail.{n}"][:, :length] for n in new}, 0
+        found, copied = {}, 0
+        for name, x in new.items():
+            joined = torch.cat((state.buffers[f"tail.{name}"][:, :before], x), 1) if before else x
+            if not alike:
+                source = torch.arange(length).clamp(max=max(0, before - 1)).repeat(len(used), 1)
+                rows, columns = (local >= 0).nonzero(as_tuple=True)
+                source[rows, local[rows, columns]] = before + columns
+                index = source[:, :, None, None].to(self.device).expand(-1, -1, *x.shape[2:])
+                joined = joined.gather(1, index)
+            found[name] = joined
+            copied += 0 if joined is x else joined.nbytes
+        self.meter.require("device", copied, f"a call of {t} tokens")
+        return found, copied
+
+    def _summarise(self, state: LayerState, keys: Tensor, after: Tensor, impl: str) -> None:
+        """Summaries of the chunks that the new tokens close; beyond what ``lengths`` says they are scratch."""
+        c, g = self.config.chunk_size, self.config.group_size
+        chunks = int(after.max()) // c if len(after) else 0
+        _, _, h, d = keys.shape
+        state.reserve("chunk_keys", chunks, (h, d), self.device, None)
+        state.reserve("group_keys", chunks, (self.config.groups_per_chunk, h, d), self.device, None)
+        spans = torch.stack((state.lengths // c, after // c, state.base), 1).tolist()
+        together = all(x == spans[0] for x in spans)
+        for b, (start, stop, base) in enumerate(spans[:1] if together else spans):
+            if start < stop:
+                rows = slice(None) if together else slice(b, b + 1)
+                part = keys.detach()[rows, (start - base) * c : (stop - base) * c]
+                found = summaries_forward(part, self.rope.inv_freq, None, c, g, impl)
+                state.buffers["chunk_keys"][rows, start:stop], state.buffers["group_keys"][rows, start:stop] = found
+
+    def _route(
+        self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, after: Tensor, impl: str
+    ) -> Tensor:
+        c = self.config.chunk_size
+        chunks = int(after.max()) // c if state.batch else 0
+        queries, at, context = q.detach(), place.to(self.device), 0
+        if self.config.routing == "prefix" and state.batch:
+            started = state.lengths % c  # queries of the open chunk, from its start
+            context = int(started.max())
+            column = (state.lengths - started)[:, None] + torch.arange(context)
+            there = torch.where(column < state.lengths[:, None], column, -1)
+            local = (column - (state.base * c)[:, None]).clamp(min=0, max=max(0, recent["q"].shape[1] - 1))
+            rows = torch.arange(state.batch, device=self.device)[:, None]
+            if context:
+                queries = torch.cat((recent["q"][rows, local.to(self.device)], queries), 1)
+                at = torch.cat((there.to(self.device), at), 1)
+        keys = (state.buffers[n][:, :chunks] for n in ("chunk_keys", "group_keys"))
+        return route_forward(queries, *keys, at, context, *budgets(self.config), impl)
+
+    def _attend(
+        self,
+        state: LayerState,
+        q: Tensor,
+        recent: dict[str, Tensor],
+        place: Tensor,
+        total: Tensor,
+        routes: Tensor,
+        impl: str,
+    ) -> Tensor:
+        """Attention, over as many queries at once as the groups they open allow."""
+        m, layout = self.config.groups_per_chunk, self.layout
+        most = max(1, routed.GATHERED_TOKENS // self.config.group_size)
+        ids = routes.cpu().long()
+        outs, pages = [], []
+        for rows, found in routed.tiles(ids, state.base, layout.kv_heads, m, most):
+            chunk = found.group // m
+            page = state.records[found.row, chunk] * layout.pages + found.head
+            pages.append(page)
+            compact = routed.Compact.of(state.base, self.config.keep_first, -(-found.most // m))
+            outs.append(
+                self._attend_pages(
+                    state, q[:, rows], recent, place[:, rows], total, ids[:, rows], compact, found, page, impl
+                )
+            )
+        if pages:
+            state.last_pages = torch.cat(pages).unique()
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1) if outs else torch.zeros_like(q)
+
+    def _attend_pages(
+        self,
+        state: LayerState,
+        q: Tensor,
+        recent: dict[str, Tensor],
+        place: Tensor,
+        total: Tensor,
+        ids: Tensor,
+        compact: routed.Compact,
+        found: routed.Opened,
+        page: Tensor,
+        impl: str,
+    ) -> Tensor:
+        """Attention of q over sinks, opened groups and ``recent``; a kernel over page addresses would stand here.
+
+        Such a kernel takes (row, head, address of the group, its place in the routes) as ``found`` and ``page`` list
+        them and needs none of the copies below.
+        """
+        c, layout = self.config.chunk_size, self.layout
+        joined = q.shape[0] * (int((compact.sinks + compact.between).max()) * c if q.shape[0] else 0)
+        joined = joined + recent["k"].shape[0] * recent["k"].shape[1] if joined else 0
+        opened = len(page) + q.shape[0] * layout.kv_heads * found.most if found.most else 0
+        token = layout.head_dim * layout.dtype.itemsize * 2
+        size = joined * layout.kv_heads * token + opened * layout.group_size * token
+        with self.meter.scratch("device", size, f"bringing together what {q.shape[1]} queries open"):
+            middle: tuple[Tensor | None, Tensor | None] = (None, None)
+            if found.most:
+                groups = self.tier.groups(page, found.group % self.config.groups_per_chunk).to(self.device)
+                self.fetched()
+                middle = routed.spread(found, groups, q.shape[0], layout.kv_heads, self.config.groups_per_chunk)
+            keys, values = (
+                compact.join(state.buffers.get(f"sinks.{n}"), part, recent[n], total, c)
+                for n, part in zip(("k", "v"), middle, strict=True)
+            )
+            out, _, _ = attention_forward(
+                q,
+                keys,
+                values,
+                self.rope.inv_freq,
+                compact.positions(place, c).to(self.device),
+                None,
+                compact.routes(ids, found, self.config.groups_per_chunk).to(self.device),
+                self.config.group_size,
+                *budgets(self.config),
+                layout.head_dim**-0.5,
+                impl,
+            )
+        return out
+
+    def _move(self, state: LayerState, step: Step, new_base: Tensor, kept: Tensor) -> None:
+        """Sinks and tail after a commit."""
+        c, first = self.config.chunk_size, self.config.keep_first
+        spans = torch.stack((state.base, new_base, kept), 1).tolist()
+        together = all(x == spans[0] for x in spans)
+        for name, x in step.recent.items():
+            tail = state.buffers[f"tail.{name}"] if spans else x
+            in_place = x.data_ptr() == tail.data_ptr()
+            for b, (base, start, count) in enumerate(spans[:1] if together else spans):
+                rows = slice(None) if together else slice(b, b + 1)
+                if base < min(start, first):
+                    end = min(start, first)
+                    state.buffers[f"sinks.{name}"][rows, base * c : end * c] = x[rows, : (end - base) * c]
+                skip = (start - base) * c
+                if in_place and skip == 0:
+                    continue
+                left = x[rows, skip : skip + count]
+                tail[rows, :count] = left.clone() if in_place else left
+
+
+def _nothing() -> None:
+    pass

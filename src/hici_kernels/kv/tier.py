@@ -1,0 +1,40 @@
+"""What a tier of the history does: it keeps records and hands out groups of their pages."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Tier(Protocol):
+    """Pages and records are numbered by :class:`~.records.Records`. Nothing here is differentiable."""
+
+    def write(self, records: Tensor, pages: Tensor) -> None:
+        """Store new records [n] of uint8 [n, pages, page_bytes].
+
+        Raises:
+            ValueError: a byte limit; KVStoreError: the storage failed. None of the records is stored then.
+        """
+
+    def groups(self, pages: Tensor, group: Tensor) -> Tensor:
+        """[n, 2, group_size, D] on the tier's fastest memory: group ``group[i]`` of page ``pages[i]``.
+
+        Raises:
+            KVStoreError: a page is missing or fails its check.
+        """
+
+    def pages(self, pages: Tensor) -> Tensor:
+        """uint8 [n, page_bytes]: whole pages. Raises as :meth:`groups`."""
+
+    def free(self, pages: Tensor) -> None:
+        """Forget pages [n]."""
+
+    def prefetch(self, pages: Tensor) -> None:
+        """Begin to bring pages nearer, without waiting; failures show when they are used."""
+
+    def counters(self) -> dict[str, Any]:
+        """hits, misses, bytes_moved, busy_s, stall_s, and what else the tier counts."""
+
+    def close(self) -> None:
+        """Let go of memory and files."""

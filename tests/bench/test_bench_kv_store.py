@@ -1,0 +1,53 @@
+"""The bench of KVStore on disk, at a size that takes a moment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hici_kernels import HGAConfig, _native
+from hici_kernels.bench import kv_store
+
+pytestmark = pytest.mark.skipif(_native.status() is not None, reason="the tier disk needs the native library")
+
+
+def test_rows_goals_and_text(tmp_path) -> None:
+    found = kv_store.measure(kv_store.TEST, str(tmp_path), rounds=2)
+    assert not list(tmp_path.iterdir())
+    assert [s["routes"] for s in found["steps"]] == ["repeated", "repeated, no prefetch", "disjoint"]
+    for row in found["steps"]:
+        assert row["equal"] and row["pages"] > 0 and 0 <= row["hit_rate"] <= 1
+        assert all(0 < row[t]["fetching_s"] <= row[t]["median_s"] for t in ("host", "disk"))
+    assert found["memory"]["peak_bytes"]["host"] <= found["memory"]["limits"]["host"]
+    assert found["cold"]["bytes"] < found["cold"]["exact_bytes"]
+    assert found["cold"]["exact_error_max"] < found["cold"]["error_max"] < 0.05
+    assert len(found["reading"]["share"]) == 2 and found["reading"]["page_bytes"] == 4096
+    lines: list[str] = []
+    kv_store.show(lines.append, found)
+    assert len([x for x in lines if x.startswith("goal ")]) == len(kv_store.goals(found)) == 3
+
+
+def test_routes_keep_the_budgets() -> None:
+    config = HGAConfig()
+    for kind in ("repeated", "disjoint"):
+        source = kv_store._Routes(kv_store.TEST, config, kind)
+        before = source.next(0)
+        after = source.next(0)
+        for routes in (before, after):
+            assert routes.shape == (1, 1, 4, config.topk_groups)
+            for head in routes[0, 0]:
+                ids = head[head >= 0]
+                assert len(ids) == len(ids.unique()) and (ids // 4 >= 2).all() and (ids // 4 < 64 - 8).all()
+        same = (torch.isin(after, before)).float().mean()
+        assert same > 0.9 if kind == "repeated" else same < 1
+
+
+def test_a_page_that_cannot_be_read_has_no_speed(monkeypatch, tmp_path) -> None:
+    class Broken:
+        def read_blocks(self, *_: object) -> float:
+            return -5.0
+
+    with kv_store._filled(kv_store.TEST, "disk", str(tmp_path)) as store:
+        monkeypatch.setattr(_native, "library", Broken)
+        with pytest.raises(OSError, match="Input/output"):
+            kv_store._reading(store, kv_store.TEST, 1)

@@ -1,0 +1,490 @@
+"""Published checkpoint layouts: written here by the authors' rules, loaded, merged, extracted, converted."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tiny_models import hici_config, prompt, randomise_slots, slots_of, tiny, worst
+from torch import Tensor
+
+from hici_kernels import HiCIConfig
+from hici_kernels.checkpoints import convert, extract
+from hici_kernels.integrations import apply_hici, load_hici, merge_hici, restore, save_hici
+
+TOLERANCE = 1e-5
+# what shapes cannot tell
+SAID = {"num_heads": 4, "context_mode": "causal_shift", "segment_len": 8, "rope_factor": 1.0}
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def trained(family="llama", rows=None, **sizes):
+    """A model after "training": slots, LoRA on host and slots, new embedding rows, changed norms."""
+    peft = pytest.importorskip("peft")
+    model = tiny(family, **sizes)
+    if rows is not None:
+        mean = model.lm_head.weight.detach().float().mean(0)
+        before = model.lm_head.weight.shape[0]
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            model.lm_head.weight[before:] = mean
+    randomise_slots(apply_hici(model, hici_config()))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "embed" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False), autocast_adapter_dtype=False)
+
+
+def published(adapted, adapter_dtype=torch.bfloat16) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The two files as the authors' scripts write them (names of peft 0.5: no base_layer)."""
+    adapter, trainable = {}, {}
+    for name, x in adapted.state_dict().items():
+        if "lora" in name:
+            adapter[name.replace("default.", "")] = x.to(adapter_dtype)
+        elif any(part in name for part in ("embed", "norm", "local_constructor", "global_integrator")):
+            trainable[name[17:].replace(".base_layer.", ".")] = x.float().clone()
+    return adapter, trainable
+
+
+def old_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        k.replace("local_constructor", "global_memory").replace("global_integrator", "hierarchical_aggregator"): v
+        for k, v in tensors.items()
+    }
+
+
+def write(directory: Path, adapter, trainable, suffix="safetensors", alpha: int | None = 4) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for stem, tensors in (("adapter_model", adapter), ("trainable_params", trainable)):
+        if suffix == "bin":
+            torch.save(tensors, directory / f"{stem}.bin")
+        else:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, directory / f"{stem}.safetensors")
+    if alpha is not None:
+        (directory / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": alpha}), encoding="utf-8")
+    return directory
+
+
+def rounded(adapted):
+    """The trained model with its LoRA matrices as bfloat16 would store them."""
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.copy_(p.bfloat16())
+    return adapted.eval()
+
+
+def logits(model, ids=None, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=prompt() if ids is None else ids, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("naming", ["new", "old", "peft-0.6"])
+def test_published_layout_round_trip(family, suffix, naming, tmp_path):
+    adapted = rounded(trained(family, rows=98))
+    adapter, trainable = published(adapted)
+    if naming == "old":
+        adapter, trainable = old_names(adapter), old_names(trainable)
+    if naming == "peft-0.6":
+        trainable = {
+            k.replace("_proj.weight", "_proj.base_layer.weight") if "_proj.weight" in k else k: v
+            for k, v in trainable.items()
+        }
+    write(tmp_path, adapter, trainable, suffix)
+    loaded = load_hici(tiny(family), tmp_path, **SAID)
+    assert worst(logits(loaded), logits(adapted)) < TOLERANCE
+    assert loaded.get_input_embeddings().weight.shape[0] == 98
+    merged = load_hici(tiny(family), tmp_path, merge_lora=True, **SAID)
+    assert not any("lora_" in n for n, _ in merged.named_parameters())
+    assert worst(logits(merged), logits(adapted)) < 1e-4
+
+
+def test_counts_and_names_of_a_7b_shape(tmp_path):
+    """32 layers with tiny widths: 642 and 768 tensors, of float32 and bfloat16, under the published names."""
+    adapted = trained(rows=98, num_hidden_layers=32)
+    adapter, trainable = published(adapted)
+    assert (len(trainable), len(adapter)) == (642, 768)
+    assert {x.dtype for x in trainable.values()} == {torch.float32}
+    assert {x.dtype for x in adapter.values()} == {torch.bfloat16}
+    last = "model.layers.31.self_attn."
+    assert f"{last}local_constructor.memory_slots" in trainable
+    assert trainable[f"{last}global_integrator.expand_scale_param"].shape == ()
+    assert f"base_model.model.{last}global_integrator.o_proj.lora_B.weight" in adapter
+    write(tmp_path, adapter, trainable, "bin")
+    loaded = load_hici(tiny(num_hidden_layers=32), tmp_path, **SAID)
+    assert worst(logits(loaded), logits(rounded(adapted))) < 1e-4
+    save_hici(loaded, tmp_path / "again")
+    assert len(load_file(tmp_path / "again" / "trainable_params.safetensors")) == 642
+    assert len(load_file(tmp_path / "again" / "adapter_model.safetensors")) == 768
+
+
+def test_qwen3_counts():
+    adapter, trainable = published(trained("qwen3", num_hidden_layers=36))
+    assert (len(trainable), len(adapter)) == (794, 864)
+
+
+def test_first_published_version(tmp_path):
+    """Slots named local_queries, an integrator without output projection, no LoRA."""
+    model = randomise_slots(apply_hici(tiny(), hici_config()))
+    width = model.model.layers[0].self_attn.global_integrator.o_proj.weight
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.self_attn.global_integrator.o_proj.weight.copy_(torch.eye(width.shape[0]))
+    tensors = {
+        k.replace("local_constructor.memory_slots", "local_constructor.local_queries"): v.detach().clone()
+        for k, v in model.named_parameters()
+        if any(part in k for part in ("embed", "norm", "local_constructor", "global_integrator"))
+        and "global_integrator.o_proj" not in k
+    }
+    save_file(tensors, tmp_path / "trainable_params.safetensors")
+    assert worst(logits(load_hici(tiny(), tmp_path, **SAID)), logits(model)) < TOLERANCE
+    by_file = load_hici(tiny(), tmp_path / "trainable_params.safetensors", **SAID)
+    assert worst(logits(by_file), logits(model)) < TOLERANCE
+
+
+def test_sizes_are_read_from_the_tensors(tmp_path):
+    """No bottleneck and five compressors; and the card's num_memory_slots."""
+    config = hici_config(bottleneck_dim=None, compress_dim=12, shared_compress_dim=None, num_local_slots=3)
+    model = randomise_slots(apply_hici(tiny(), config))
+    save_file({k: v.detach().clone() for k, v in slots_of(model).items()}, tmp_path / "trainable_params.safetensors")
+    loaded = load_hici(tiny(), tmp_path, num_memory_slots=3, **SAID)
+    assert HiCIConfig.from_dict(loaded.config.hici) == HiCIConfig.from_dict(model.config.hici)
+    assert worst(logits(loaded), logits(model)) < TOLERANCE
+    with pytest.raises(ValueError, match=r"num_local_slots is 4, but the tensors of .* have 3"):
+        load_hici(tiny(), tmp_path, num_memory_slots=4, **SAID)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_what_shapes_cannot_tell_is_asked_for(factor, tmp_path):
+    adapter, trainable = published(trained())
+    write(tmp_path, adapter, trainable, alpha=None)
+    model = tiny()
+    before = logits(model)
+    with pytest.raises(ValueError) as error:
+        load_hici(model, tmp_path)
+    for name in ("num_heads", "context_mode", "segment_len or num_segments", "rope_factor", "lora_alpha"):
+        assert name in str(error.value)
+    for name in ("num_heads", "context_mode", "segment_len", "rope_factor"):
+        with pytest.raises(ValueError, match=name):
+            load_hici(model, tmp_path, lora_alpha=4, **{k: v for k, v in SAID.items() if k != name})
+    assert torch.equal(logits(model), before) and model.config._attn_implementation == "sdpa"
+    said = {**SAID, "rope_factor": factor, "lora_alpha": 4}
+    loaded = load_hici(model, tmp_path, **said)
+    rope = loaded.config.rope_parameters
+    assert rope["rope_type"] == ("default" if factor == 1 else "linear")
+    assert factor == 1 or rope["factor"] == factor
+    plain = restore(load_hici(tiny(), tmp_path, merge_lora=True, **said))
+    assert plain.config.rope_parameters["rope_type"] == "default"
+
+
+def test_rope_factor_is_position_interpolation(tmp_path):
+    adapter, trainable = published(rounded(trained()))
+    write(tmp_path, adapter, trainable)
+    loaded = load_hici(tiny(), tmp_path, **{**SAID, "rope_factor": 2.0})
+    stretched = load_hici(tiny(), tmp_path, **SAID)
+    # a mask: transformers would take positions with gaps for packed documents
+    at, mask = torch.arange(40)[None], torch.ones(2, 40)
+    assert worst(logits(loaded, position_ids=2 * at, attention_mask=mask), logits(stretched)) < TOLERANCE
+    already = tiny(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+    assert worst(logits(load_hici(already, tmp_path, **{**SAID, "rope_factor": 2.0})), logits(loaded)) < TOLERANCE
+    with pytest.raises(ValueError, match=r"RoPE factor 3.0, the checkpoint needs rope_factor 2.0"):
+        other = tiny(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0})
+        load_hici(other, tmp_path, **{**SAID, "rope_factor": 2.0})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_save_and_load(family, tmp_path):
+    """What save_hici writes needs nothing said."""
+    adapted = trained(family, rows=98).eval()
+    save_hici(adapted, tmp_path)
+    loaded = load_hici(tiny(family), tmp_path)
+    assert worst(logits(loaded), logits(adapted)) < TOLERANCE
+    assert HiCIConfig.from_dict(loaded.config.hici) == HiCIConfig.from_dict(adapted.config.hici)
+    changed = load_hici(tiny(family), tmp_path, segment_len=16, decode="full")
+    assert changed.config.hici["segment_len"] == 16
+    alone = randomise_slots(apply_hici(tiny(family), hici_config()))
+    save_hici(alone, tmp_path / "alone")
+    assert not (tmp_path / "alone" / "adapter_model.safetensors").exists()
+    assert worst(logits(load_hici(tiny(family), tmp_path / "alone")), logits(alone)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_merge_keeping_slots(family, tmp_path):
+    adapted = trained(family, rows=98).eval()
+    before = {k: v.clone() for k, v in adapted.state_dict().items()}
+    merge_hici(adapted, tmp_path, keep_slots=True)
+    assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
+    expected = logits(adapted)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert worst(logits(again), expected) < 1e-4
+    assert worst(logits(load_hici(tmp_path, tmp_path)), expected) < 1e-4
+    assert worst(logits(load_hici(tiny(family), tmp_path)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_merge_dropping_slots(family, tmp_path):
+    """A standard model: what the trained one is once its slots are gone."""
+    adapted = trained(family, rows=98).eval()
+    merge_hici(adapted, tmp_path, keep_slots=False)
+    content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert content["model_type"] == family and "hici" not in content
+    assert content["architectures"] == [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]]
+    assert not any("local_constructor" in k for k in load_file(tmp_path / "model.safetensors"))
+    plain, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(plain).__module__.startswith("transformers.")
+    restore(adapted)
+    assert worst(logits(plain), logits(adapted)) < 1e-4
+    with pytest.raises(TypeError, match="keep_slots"):
+        merge_hici(adapted, tmp_path, "yes")
+
+
+def test_published_merged_directory(tmp_path):
+    """A plain model type with slot modules among its weights, as .bin shards; its config says nothing of them."""
+    model = randomise_slots(apply_hici(tiny(), hici_config()))
+    expected = logits(model)
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    parts = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    for part, file in zip(parts, files, strict=True):
+        torch.save(part, tmp_path / file)
+    index = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
+    restore(model).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="rope_factor"):
+        load_hici(tmp_path, tmp_path, num_heads=4, context_mode="causal_shift", segment_len=8)
+    assert worst(logits(load_hici(tmp_path, tmp_path, **SAID)), expected) < TOLERANCE
+    assert worst(logits(load_hici(tiny(), tmp_path, **SAID)), expected) < TOLERANCE
+
+
+def test_tied_embeddings(tmp_path):
+    """One matrix for both ends: resized once, saved once, still tied."""
+    model = tiny(tie_word_embeddings=True)
+    model.resize_token_embeddings(98, mean_resizing=False)
+    randomise_slots(apply_hici(model, hici_config()))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    save_hici(model, tmp_path / "slots")
+    base = tiny(tie_word_embeddings=True)
+    loaded = load_hici(base, tmp_path / "slots")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert worst(logits(loaded), logits(model)) < TOLERANCE
+    for keep in (True, False):
+        merge_hici(loaded, tmp_path / f"merged-{keep}", keep_slots=keep)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-True")
+    assert worst(logits(again), logits(model)) < TOLERANCE
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-False")
+    assert worst(logits(plain), logits(restore(model))) < TOLERANCE
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
+    adapter, trainable = published(trained())
+    write(tmp_path / "good", adapter, trainable)
+    cases = {
+        "layers": (tiny(num_hidden_layers=3), tmp_path / "good", "slots for 2 layers, the model has 3"),
+        "hidden": (tiny(hidden_size=32, head_dim=8), tmp_path / "good", "hidden size 64, the model has 32"),
+    }
+    only = write(tmp_path / "only", adapter, trainable)
+    (only / "trainable_params.safetensors").unlink()
+    cases["adapter alone"] = (tiny(), only, "no trainable_params")
+    gap = {k: v for k, v in trainable.items() if ".layers.0.self_attn." not in k}
+    cases["gap"] = (tiny(), write(tmp_path / "gap", adapter, gap), "without gaps")
+    holes = {k: v for k, v in trainable.items() if "1.self_attn.local_constructor.k_proj" not in k}
+    cases["hole"] = (tiny(), write(tmp_path / "hole", adapter, holes), r"differ in local_constructor.k_proj")
+    half = {k: v for k, v in adapter.items() if "layers.0.self_attn.q_proj.lora_B" not in k}
+    cases["half"] = (tiny(), write(tmp_path / "half", half, trainable), "only one of the two LoRA matrices")
+    none = {k: v for k, v in trainable.items() if "self_attn" not in k}
+    cases["none"] = (tiny(), write(tmp_path / "none", adapter, none), "no tensors of local_constructor")
+    cases["gone"] = (tiny(), tmp_path / "nowhere", "does not exist")
+    for model, path, message in cases.values():
+        before = logits(model)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_hici(model, path, **SAID)
+        assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="neither a field"):
+        load_hici(tiny(), tmp_path / "good", slots=3, **SAID)
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_no_code_is_run_from_weight_files(tmp_path):
+    touched = tmp_path / "touched"
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    torch.save({"model.embed_tokens.weight": torch.zeros(2), "x": _Evil(touched)}, folder / "trainable_params.bin")
+    for action in (
+        lambda: load_hici(tiny(), folder, **SAID),
+        lambda: convert(folder),
+        lambda: extract(folder, tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match="never runs code"):
+            action()
+    shards = tmp_path / "zero"
+    shards.mkdir()
+    torch.save(
+        {"optimizer_state_dict": {"zero_stage": 2, "x": _Evil(touched)}}, shards / "zero_pp_rank_0_optim_states.pt"
+    )
+    with pytest.raises(ValueError, match="never runs code"):
+        extract(shards, tmp_path / "out")
+    fsdp = tmp_path / "fsdp"
+    fsdp.mkdir()
+    (fsdp / ".metadata").write_bytes(pickle.dumps(_Evil(touched)))
+    with pytest.raises(ValueError, match="has no place"):
+        extract(fsdp, tmp_path / "out")
+    assert not touched.exists() and not (tmp_path / "out").exists()
+
+
+def test_convert(tmp_path):
+    x = torch.randn(4, 6)
+    tensors = {
+        "a": x,
+        "b": x.t(),
+        "shared": x[:2],
+        "half": x.bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "i": torch.arange(3),
+    }
+    torch.save(tensors, tmp_path / "trainable_params.bin")
+    torch.save({"n": torch.tensor([float("nan")])}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    torch.save({"lr": 1.0}, tmp_path / "training_args.bin")
+    index = {"metadata": {"total_size": 4}, "weight_map": {"n": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    lines: list[str] = []
+    written = convert(tmp_path, remove=True, progress=lines.append)
+    assert sorted(p.name for p in written) == [
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "trainable_params.safetensors",
+    ]
+    assert len(lines) == 2 and sorted(p.name for p in tmp_path.glob("*.bin")) == ["training_args.bin"]
+    back = load_file(tmp_path / "trainable_params.safetensors")
+    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
+    named = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert named["weight_map"] == {"n": "model-00001-of-00001.safetensors"}
+    with pytest.raises(ValueError, match=r"no \.bin file"):
+        convert(tmp_path)
+    torch.save(tensors, tmp_path / "trainable_params.bin")
+    with pytest.raises(ValueError, match="exists already"):
+        convert(tmp_path / "trainable_params.bin")
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def training_state() -> dict[str, Tensor]:
+    """What a training run's model holds: every tensor under PEFT's names, adapters named "default"."""
+    return {k: v.detach().clone() for k, v in trained().state_dict().items()}
+
+
+def check_extracted(out: Path, state: dict[str, Tensor]) -> None:
+    adapter, trainable = load_file(out / "adapter_model.safetensors"), load_file(out / "trainable_params.safetensors")
+    assert len(adapter) == 2 * 24 and len(trainable) == 2 * 20 + 2
+    for name, x in state.items():
+        if "lora" in name:
+            assert torch.equal(adapter.pop(name.replace("default.", "")), x.float())
+        elif any(part in name for part in ("embed", "norm", "local_constructor", "global_integrator")):
+            assert torch.equal(trainable.pop(name[17:].replace(".base_layer.", ".")), x.float())
+    assert not adapter and not trainable
+    loaded = load_hici(tiny(), out, lora_alpha=4, **SAID)
+    model = trained().eval()
+    assert worst(logits(loaded), logits(model)) < TOLERANCE
+
+
+def split(flat: Tensor, ranks: int) -> list[Tensor]:
+    each = -(-flat.numel() // ranks)
+    return list(torch.nn.functional.pad(flat, (0, each * ranks - flat.numel())).split(each))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_extract_from_zero_shards(stage, ranks, tmp_path):
+    """Shards built by the optimizer's rules: groups flattened and split (2), every parameter split (3), some frozen."""
+    state = training_state()
+    step = tmp_path / "run" / "global_step7"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "latest").write_text("global_step7", encoding="utf-8")
+    names = [k for k in state if "lora" in k or any(p in k for p in ("embed", "norm", "local_", "global_"))]
+    frozen = [k for k in state if k not in names]
+    groups = [names[::2], names[1::2]]
+    shapes = [collections.OrderedDict((k, state[k].shape) for k in g) for g in groups]
+    flats: list[list[Tensor]] = [[] for _ in range(ranks)]
+    for g in groups:
+        if stage == 2:
+            pieces = split(torch.cat([state[k].flatten().float() for k in g]), ranks)
+        else:
+            per_name = [split(state[k].flatten().float(), ranks) for k in g]
+            pieces = [torch.cat([p[r] for p in per_name]) for r in range(ranks)]
+        for r in range(ranks):
+            flats[r].append(pieces[r])
+    key = "single_partition_of_fp32_groups" if stage == 2 else "fp32_flat_groups"
+    for r in range(ranks):
+        optimizer = {"zero_stage": stage, "partition_count": ranks, key: flats[r], "ds_version": "0.14"}
+        torch.save({"optimizer_state_dict": optimizer}, step / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
+        model = {"module": {}, "buffer_names": [], "param_shapes": shapes, "shared_params": {}}
+        if stage == 2:
+            model["frozen_param_shapes"] = {k: state[k].shape for k in frozen}
+            model["frozen_param_fragments"] = {k: state[k] for k in frozen}
+            name = "mp_rank_00_model_states.pt"
+        else:
+            model["frozen_param_shapes"] = {k: state[k].shape for k in frozen}
+            model["frozen_param_fragments"] = {k: split(state[k].flatten(), ranks)[r] for k in frozen}
+            name = f"zero_pp_rank_{r}_mp_rank_00_model_states.pt"
+        if stage == 3 or r == 0:
+            torch.save(model, step / name)
+    counts = extract(tmp_path / "run", tmp_path / "out")
+    assert counts == {"trainable_params": 42, "adapter_model": 48}
+    check_extracted(tmp_path / "out", state)
+    if ranks > 1:
+        (step / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+        with pytest.raises(ValueError, match="holds 2 of 3 optimizer shards"):
+            extract(tmp_path / "run", tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_extract_from_a_sharded_checkpoint(wrapped, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    state = training_state()
+    held = {"model": state, "step": 3} if wrapped else state
+    dcp.save(held, checkpoint_id=tmp_path / "run" / "pytorch_model_fsdp_0", no_dist=True)
+    extract(tmp_path / "run", tmp_path / "out")
+    check_extracted(tmp_path / "out", state)
+
+
+def test_extract_from_plain_weights(tmp_path):
+    state = training_state()
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "pytorch_model.bin")
+    (tmp_path / "run" / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}', encoding="utf-8")
+    extract(tmp_path / "run", tmp_path / "out")
+    check_extracted(tmp_path / "out", state)
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    extract(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16)
+    assert {x.dtype for x in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no weights this library knows"):
+        extract(empty, tmp_path / "none")
+    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, empty / "model.safetensors")
+    with pytest.raises(ValueError, match="none of local_constructor"):
+        extract(empty, tmp_path / "none")
