@@ -125,6 +125,11 @@ def _usual(q: Any, k: Any, v: Any) -> bool:
     return near and q.stride(3) == 1 and k.stride(3) == 1 and v.stride(3) == 1
 
 
+def usual(x: Any, ndim: int) -> bool:
+    """A tensor of so many dimensions, a supported dtype and a contiguous last dimension; the short way to find out."""
+    return type(x) is Tensor and x.ndim == ndim and x.dtype in FLOATS and x.stride(-1) == 1
+
+
 def token_mask(name: str, value: Any, batch: int, length: int, device: torch.device) -> None:
     """[B, S] of bool, integer or float, 1/True = token. Contents are not read."""
     tensor(name, value, "B, S")
@@ -179,6 +184,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     float64 tensors are left alone, as torch's own autocast rules do.
     """
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     kind = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
     if kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
         return tensors

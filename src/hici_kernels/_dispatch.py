@@ -3,10 +3,10 @@
 An operation lives in ``hici_kernels/ops/<op>/``. An implementation is a file there named after it (``reference.py``,
 ``cpu.py``, ``triton.py``, ...) with
 
-    forward(**arguments)                 the result, positional arguments of the operation's schema
+    forward(*arguments)                  the result, positional arguments of the operation's schema
     backward(...)                        the gradients, if the operation is differentiable
     unavailable() -> str | None          optional: why it cannot run on this machine at all
-    rejects(**arguments) -> str | None   optional: why it cannot serve this call
+    rejects(*arguments) -> str | None    optional: why it cannot serve this call
 
 Adding a file is all it takes: nothing else in the folder changes. ``impl=None`` takes the first of ``ORDER`` that
 serves the call; a named implementation that cannot serve it raises :class:`ImplError` with the reason. Pairs in
@@ -79,25 +79,24 @@ def _candidates(op: str, device: str) -> tuple[tuple[ModuleType, Any], ...]:
     return tuple((m, getattr(m, "rejects", None)) for m in modules if m is not None)
 
 
-def _device(arguments: dict[str, Any]) -> str:
+def _device(first: Any) -> str:
     """Device type of the first argument: a tensor, or a list of them."""
-    first: Any = next(iter(arguments.values()))
     while not isinstance(first, Tensor):
         first = first[0]
-    return str(first.device.type)
+    return "cpu" if first.is_cpu else str(first.device.type)
 
 
-def select(op: str, impl: str, arguments: dict[str, Any]) -> ModuleType:
+def select(op: str, impl: str, *arguments: Any) -> ModuleType:
     """The implementation module for one call. ``impl`` is "" (choose) or a name (that one or an error)."""
     if not impl:
-        for candidate, rejects in _candidates(op, _device(arguments)):
-            if rejects is None or rejects(**arguments) is None:
+        for candidate, rejects in _candidates(op, _device(arguments[0])):
+            if rejects is None or rejects(*arguments) is None:
                 return candidate
         raise ImplError(f"no implementation of {op} serves this call")
     module, reason = load(op, impl)
     if module is not None:
         rejects = getattr(module, "rejects", None)
-        reason = rejects(**arguments) if rejects is not None else None
+        reason = rejects(*arguments) if rejects is not None else None
         if reason is None:
             return module
     raise ImplError(f"impl={impl!r} cannot serve {op}: {reason}")

@@ -16,6 +16,7 @@ from torch import Tensor
 LIB = torch.library.Library("hici", "DEF")
 _KERNELS: dict[Any, Callable[..., Any]] = {}
 AUTOCAST = ("cpu", "cuda", "xpu")
+PLAIN = frozenset((type(None), bool, int, float, str))
 
 
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -26,7 +27,7 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     """
 
     def contiguous(*arguments: Any) -> Any:
-        if any(map(torch.is_autocast_enabled, AUTOCAST)):
+        if torch._C._is_any_autocast_enabled():
             with _autocast_off(arguments):
                 result = kernel(*arguments)
         else:
@@ -53,17 +54,22 @@ def call(operation: Any, *arguments: Any) -> Any:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operation(*arguments)
-    if _unwatched() and all(map(_ordinary, arguments)):
+    if _unwatched() and _ordinary(arguments):
         return _KERNELS[operation](*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(*arguments)
 
 
-def _ordinary(argument: Any) -> bool:
-    """Not a tensor that the dispatcher would treat in a way of its own."""
-    if isinstance(argument, Tensor):
-        return type(argument) is Tensor and argument.is_cpu
-    return not isinstance(argument, (list, tuple)) or all(map(_ordinary, argument))
+def _ordinary(arguments: Sequence[Any]) -> bool:
+    """Plain numbers, and no tensor that the dispatcher would treat in a way of its own."""
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor:
+            if not x.is_cpu:
+                return False
+        elif kind not in PLAIN and not (kind in (list, tuple) and _ordinary(x)):
+            return False
+    return True
 
 
 def _unwatched() -> bool:

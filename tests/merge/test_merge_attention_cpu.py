@@ -193,9 +193,9 @@ def test_a_last_dimension_of_any_stride() -> None:
 
 def test_the_native_kernel_is_the_default_on_the_cpu() -> None:
     outs, lses, _ = drawn(2, 1, 2, 2, 4, torch.float32, 0, 0.0)
-    assert _dispatch.select("merge_attention", "", {"outs": outs, "lses": lses}).__name__.endswith(".cpu")
-    meta = {"outs": [x.to("meta") for x in outs], "lses": lses}
-    assert _dispatch.select("merge_attention", "", meta).__name__.endswith(".reference")
+    assert _dispatch.select("merge_attention", "", outs, lses).__name__.endswith(".cpu")
+    meta = [x.to("meta") for x in outs]
+    assert _dispatch.select("merge_attention", "", meta, lses).__name__.endswith(".reference")
 
 
 def test_the_binding_guards_memory_by_itself() -> None:

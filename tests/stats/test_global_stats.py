@@ -404,10 +404,10 @@ def test_second_derivative_is_refused() -> None:
 @pytest.mark.skipif("cpu" not in IMPLS, reason="the native library is not built")
 def test_the_native_kernel_is_the_default_on_the_cpu() -> None:
     x = sample((1, 2, 2, 3))
-    given = {"local": x, "causal": False, "valid": None, "cu_segments": None}
-    assert _dispatch.select("global_stats", "", given).__name__.endswith("global_stats.cpu")
-    meta = {**given, "local": x.to("meta")}
-    assert _dispatch.select("global_stats", "", meta).__name__.endswith("global_stats.reference")
+    assert _dispatch.select("global_stats", "", x, False, None, None).__name__.endswith("global_stats.cpu")
+    assert _dispatch.select("global_stats", "", x.to("meta"), False, None, None).__name__.endswith(
+        "global_stats.reference"
+    )
 
 
 @pytest.mark.skipif("cpu" not in IMPLS, reason="the native library is not built")

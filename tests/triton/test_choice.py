@@ -32,8 +32,8 @@ def seen(monkeypatch):
     names = []
     select = _dispatch.select
 
-    def spy(op, impl, arguments):
-        module = select(op, impl, arguments)
+    def spy(op, impl, *arguments):
+        module = select(op, impl, *arguments)
         names.append(module.__name__.rsplit(".", 1)[1])
         return module
 

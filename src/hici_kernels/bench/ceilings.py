@@ -65,7 +65,9 @@ def product_rate(ceilings: dict[str, Any], dtype: torch.dtype) -> float:
     return float(native or ceilings["matmul_flops"][str(dtype)])
 
 
-def product_loop(ceilings: dict[str, Any], dtype: torch.dtype, seconds: float) -> tuple[Callable[[], float], float] | None:
+def product_loop(
+    ceilings: dict[str, Any], dtype: torch.dtype, seconds: float
+) -> tuple[Callable[[], float], float] | None:
     """The native loop behind :func:`product_rate` that takes about ``seconds``, and its FLOPs; None where none is."""
     work = "bfloat16" if dtype == torch.bfloat16 and ceilings.get("bfloat16_flops") else "fma"
     if dtype == torch.float64 or not ceilings.get("fma_flops"):

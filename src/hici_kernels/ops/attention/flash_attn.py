@@ -48,9 +48,15 @@ def rejects(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segment_len: int,
     recurrence_len: int,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    local_k: Tensor | None,
+    local_v: Tensor | None,
+    prefix_mask: Tensor | None,
     attention_mask: Tensor | None,
-    **rest: Any,
+    *rest: Any,
 ) -> str | None:
     if q.device.type not in DEVICES:
         return f"flash_attn works on CUDA tensors, q is on {q.device}"

@@ -22,11 +22,9 @@ ARGUMENTS = (
     "float scale, str impl"
 )
 
-NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
-
 
 def _select(arguments: tuple[Any, ...], impl: str) -> Any:
-    return select("attention", impl, dict(zip(NAMES, arguments, strict=True)))
+    return select("attention", impl, *arguments)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ ABSENT_LSE_GRADIENT = True
 SPLIT_TILES = 4
 
 
-def rejects(q: Tensor, k: Tensor, **rest: Any) -> str | None:
+def rejects(q: Tensor, k: Tensor, *rest: Any) -> str | None:
     from .triton_forward import INTERPRET
     from .triton_schedule import LARGEST_LENGTH
 

@@ -50,14 +50,17 @@ def global_stats(
     Raises:
         TypeError, ValueError: before any work, naming the argument.
     """
-    _checks.tensor("local", local, "B, N, M, H")
-    _checks.floats(local=local)
+    usual = _checks.usual(local, 4)
+    if not usual:
+        _checks.tensor("local", local, "B, N, M, H")
+        _checks.floats(local=local)
     b, n, m, h = local.shape
     if m < 1:
         raise ValueError(f"local must have at least 1 slot per segment, got shape {tuple(local.shape)}")
     if h < 1:
         raise ValueError(f"local must have at least 1 channel, got shape {tuple(local.shape)}")
-    _checks.last_contiguous(local=local)
+    if not usual:
+        _checks.last_contiguous(local=local)
     _checks.boolean("causal", causal)
     if valid is not None:
         _checks.tensor("valid", valid, "B, N")

@@ -12,7 +12,7 @@ def unavailable() -> str | None:
 
 
 def rejects(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None) -> str | None:
-    if local.device.type != "cpu":
+    if not local.is_cpu:
         return f"it serves CPU tensors, local is on {local.device}"
     if local.shape[1] * local.shape[2] >= 2**31:
         return f"it serves fewer than 2^31 slots per batch row, local has shape {tuple(local.shape)}"

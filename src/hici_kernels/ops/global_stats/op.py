@@ -13,8 +13,7 @@ ARGUMENTS = "Tensor local, bool causal, Tensor? valid, Tensor? cu_segments, str 
 
 
 def _select(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str) -> Any:
-    given = {"local": local, "causal": causal, "valid": valid, "cu_segments": cu_segments}
-    return select("global_stats", impl, given)
+    return select("global_stats", impl, local, causal, valid, cu_segments)
 
 
 def _forward(local: Tensor, causal: bool, valid: Tensor | None, cu_segments: Tensor | None, impl: str) -> Tensor:

@@ -27,7 +27,7 @@ from ...segments import document_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def rejects(local: Tensor, **arguments: Any) -> str | None:
+def rejects(local: Tensor, *rest: Any) -> str | None:
     from .triton_forward import INTERPRET
 
     if local.dtype not in DTYPES:

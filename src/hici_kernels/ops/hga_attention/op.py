@@ -26,7 +26,7 @@ TENSORS = 7
 
 
 def _select(given: list[Any], impl: str) -> Any:
-    return select("hga_attention", impl, dict(zip(NAMES, given, strict=True)))
+    return select("hga_attention", impl, *given)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

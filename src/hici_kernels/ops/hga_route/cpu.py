@@ -17,8 +17,8 @@ def unavailable() -> str | None:
     return _native.status()
 
 
-def rejects(q: Tensor, **rest: object) -> str | None:
-    if q.device.type != "cpu":
+def rejects(q: Tensor, *rest: object) -> str | None:
+    if not q.is_cpu:
         return f"it serves CPU tensors, q is on {q.device}"
     if q.dtype == torch.float64:
         return "it serves float32, bfloat16 and float16, q is float64"

@@ -34,7 +34,7 @@ def _forward(*arguments: Any) -> Tensor:
     named = dict(zip(NAMES, given, strict=True))
     if super_keys is None and named["super_chunk"]:
         super_keys = super_chunk_keys(named["chunk_keys"], named["super_chunk"])
-    return select("hga_route", impl, named).forward(*given, super_keys)
+    return select("hga_route", impl, *given).forward(*given, super_keys)
 
 
 def _forward_fake(*arguments: Any) -> Tensor:

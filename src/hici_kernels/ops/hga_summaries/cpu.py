@@ -16,8 +16,8 @@ def unavailable() -> str | None:
     return _native.status()
 
 
-def rejects(k: Tensor, **rest: object) -> str | None:
-    if k.device.type != "cpu":
+def rejects(k: Tensor, *rest: object) -> str | None:
+    if not k.is_cpu:
         return f"it serves CPU tensors, k is on {k.device}"
     if k.dtype == torch.float64:
         return "it serves float32, bfloat16 and float16, k is float64"

@@ -14,7 +14,7 @@ NAMES = ("k", "inv_freq", "positions", "chunk_size", "group_size")
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, impl = arguments
-    return select("hga_summaries", impl, dict(zip(NAMES, given, strict=True))).forward(*given)
+    return select("hga_summaries", impl, *given).forward(*given)
 
 
 def _forward_fake(k: Tensor, inv_freq: Tensor, positions: Any, chunk_size: int, group_size: int, impl: str) -> Any:

@@ -15,8 +15,8 @@ def unavailable() -> str | None:
     return _native.status()
 
 
-def rejects(hidden: Tensor, **rest: object) -> str | None:
-    if hidden.device.type != "cpu":
+def rejects(hidden: Tensor, *rest: object) -> str | None:
+    if not hidden.is_cpu:
         return f"it serves CPU tensors, hidden is on {hidden.device}"
     if hidden.dtype == torch.float64:
         return "it serves float32, bfloat16 and float16, hidden is float64"

@@ -17,11 +17,9 @@ ARGUMENTS = (
     "SymInt total_segments, Tensor? attention_mask, Tensor? cu_seqlens, str empty, str impl"
 )
 
-NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))[:-1]
-
 
 def _select(arguments: tuple[Any, ...], impl: str) -> Any:
-    return select("local_slots", impl, dict(zip(NAMES, arguments, strict=True)))
+    return select("local_slots", impl, *arguments)
 
 
 def _forward(*arguments: Any) -> Tensor:

@@ -42,7 +42,9 @@ LOG2E = 1.4426950408889634
 FLOPS_PER_BYTE = 200
 
 
-def rejects(hidden: Tensor, num_heads: int, slot_queries: Tensor, **arguments: Any) -> str | None:
+def rejects(
+    hidden: Tensor, slot_queries: Tensor, k_weight: Tensor, v_weight: Tensor, num_heads: int, *rest: Any
+) -> str | None:
     from .triton_forward import INTERPRET
 
     if hidden.dtype not in DTYPES:

@@ -12,7 +12,7 @@ from ...rope import working_dtype
 
 
 def _forward(outs: list[Tensor], lses: list[Tensor], impl: str) -> tuple[Tensor, Tensor]:
-    return select("merge_attention", impl, {"outs": outs, "lses": lses}).forward(outs, lses)
+    return select("merge_attention", impl, outs, lses).forward(outs, lses)
 
 
 def _forward_fake(outs: list[Tensor], lses: list[Tensor], impl: str) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def _forward_fake(outs: list[Tensor], lses: list[Tensor], impl: str) -> tuple[Te
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor, outs: list[Tensor], lses: list[Tensor], impl: str) -> list[Tensor]:
-    return select("merge_attention", impl, {"outs": outs, "lses": lses}).backward(grad_out, grad_lse, outs, lses)
+    return select("merge_attention", impl, outs, lses).backward(grad_out, grad_lse, outs, lses)
 
 
 def _backward_fake(
