@@ -498,11 +498,11 @@ def test_what_it_does_not_serve_is_refused_with_the_reason() -> None:
     with pytest.raises(ImplError, match="q is float64"):
         attention(q, k, k, impl="cpu")
     with pytest.raises(ImplError, match="q is on meta"):
-        _dispatch.select("attention", "cpu", {"q": q.to("meta")})
+        _dispatch.select("attention", "cpu", q.to("meta"))
     assert cpu.rejects(q.float()) is None
     # chosen where it serves, left aside where it does not
     assert attention(q, k, k).dtype == torch.float64
-    assert _dispatch.select("attention", "", {"q": q.float()}) is cpu
+    assert _dispatch.select("attention", "", q.float()) is cpu
 
 
 @each_path
