@@ -22,13 +22,11 @@ from ..ops.attention.api import attention
 from .attention import SLOTS, K, M, heads_part
 from .case import Inputs
 from .machine import spread
-from .run import alternate, check
+from .run import BRIEF, alternate, check
 from .shapes import LLAMA3_8B, TINY, Layer, drawn
 
 OURS, PLAIN = "hici_kernels", "PyTorch"
 LONGEST = 65536
-# Calls shorter than this are timed in three times as many rounds: one other process in between doubles them.
-BRIEF = 1e-2
 
 
 class Point(NamedTuple):

@@ -22,6 +22,8 @@ SHORTEST = 2e-3
 # Sides that no conclusion rests on are timed in fewer rounds once a call takes this long, and once where it takes very
 # long; neither is a long call repeated for its allocator's record.
 LONG, FEW, VERY_LONG = 1.0, 3, 8.0
+# Cases of shorter calls are timed in three times as many rounds: one other process in between doubles a call.
+BRIEF = 1e-2
 # Beside calls of this length the ceiling is measured again in every round, for so long: over minutes a machine that is
 # shared with others, or grows warm, is not the one whose best 20 ms are known.
 STEADY, STEADY_LOOP = 0.25, 0.3
@@ -210,6 +212,8 @@ def _time(
     if case.judged and max((s for n, s in known.items() if n not in aside), default=0.0) > STEADY:
         loop = product_loop(ceilings, case.dtype, STEADY_LOOP)
     between = {} if loop is None else {CEILING: loop[0]}
+    if known and max(known.values()) < BRIEF:
+        rounds *= 3
     measured = alternate(runnable | between, rounds, aside, known)
     steady = None if loop is None else loop[1] / spread(measured.pop(CEILING))["median_s"]
     for name, times in measured.items():
