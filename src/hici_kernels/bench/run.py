@@ -15,7 +15,7 @@ from ..testing import budget, error
 from .case import FASTEST, PLAIN, Baseline, Case, Inputs, Outputs, Part, weights, with_gradients
 from .ceilings import least_seconds, product_loop, product_rate
 from .machine import spread
-from .memory import peak_bytes, resident_growth
+from .memory import kept_memory, peak_bytes, resident_growth
 
 # A call shorter than this is repeated inside one timing, so that the clock's own step does not show.
 SHORTEST = 2e-3
@@ -238,7 +238,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds per call: every round runs every side once, so that drift of the machine hits all alike.
 
-    Long sides among ``aside`` run in the first rounds only. known: seconds of earlier calls, which warmed their sides.
+    Freed memory stays with the process meanwhile (:func:`kept_memory`), so that its warm-up is the first round's. Long
+    sides among ``aside`` run in the first rounds only. known: seconds of earlier calls, which warmed their sides.
     """
     repeats, left = {}, {}
     for name, call in sides.items():
@@ -249,13 +250,14 @@ def alternate(
         few = 1 if again > VERY_LONG else FEW if again > LONG else rounds
         left[name] = few if name in aside else rounds
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            if len(times[name]) < left[name]:
-                began = time.perf_counter()
-                for _ in range(repeats[name]):
-                    call()
-                times[name].append((time.perf_counter() - began) / repeats[name])
+    with kept_memory():
+        for _ in range(rounds):
+            for name, call in sides.items():
+                if len(times[name]) < left[name]:
+                    began = time.perf_counter()
+                    for _ in range(repeats[name]):
+                        call()
+                    times[name].append((time.perf_counter() - began) / repeats[name])
     return times
 
 
