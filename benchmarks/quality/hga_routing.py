@@ -39,13 +39,13 @@ from hici_kernels.ops.hga_attention import HGAResult, hga_attention
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 #: Windows by context: fewer where a pass takes long.
-WINDOWS = {2048: 24, 4096: 16, 8192: 12, 16384: 6, 32768: 4}
+WINDOWS = {2048: 16, 4096: 12, 8192: 8, 16384: 4, 32768: 3}
 BUDGETS = {
     "default": HGAConfig(route_block=16),
     "quarter": HGAConfig(keep_first=1, keep_last=2, topk_chunks=4, topk_groups=8, route_block=16),
 }
 #: The default budget covers most of a shorter text.
-SHORTEST = {"default": 16384, "quarter": 2048}
+SHORTEST = {"default": 32768, "quarter": 2048}
 #: Chunks of a super-chunk; half of them survive.
 SUPER = 4
 EQUAL = "block, equal density"
@@ -95,7 +95,7 @@ class Readings:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:  # the line being written when the run was stopped
+                except ValueError:  # empty, or being written when the run was stopped
                     continue
                 if entry["key"] == key:
                     self.known[entry["what"]] = entry["found"]
@@ -106,7 +106,8 @@ class Readings:
             self.known[what] = read(model, window, config)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self.key, "what": what, "found": self.known[what]}) + "\n")
+                # the break comes first: what stands before may be half a line
+                file.write("\n" + json.dumps({"key": self.key, "what": what, "found": self.known[what]}))
         return self.known[what]
 
 
