@@ -22,5 +22,6 @@ void check_attention(cpu::Isa isa, uint64_t seed, int cases);
 void check_local_slots(cpu::Isa isa, uint64_t seed, int cases);
 void check_global_stats(cpu::Isa isa, uint64_t seed, int cases);
 void check_merge_attention(cpu::Isa isa, uint64_t seed, int cases);
+void check_hga(cpu::Isa isa, uint64_t seed, int cases);
 
 }  // namespace hici::driver

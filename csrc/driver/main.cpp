@@ -43,6 +43,7 @@ int main(int argc, char** argv) {
       {"local_slots", hici::driver::check_local_slots},
       {"global_stats", hici::driver::check_global_stats},
       {"merge_attention", hici::driver::check_merge_attention},
+      {"hga", hici::driver::check_hga},
   };
   int run = 0;
   if (cases > 0) hici::driver::check_threads();
@@ -54,6 +55,6 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
       ++run;
     }
-  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention]");
+  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention | hga]");
   return 0;
 }

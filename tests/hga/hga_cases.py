@@ -67,13 +67,13 @@ def store(config: HGAConfig, k: Tensor, **changes: object) -> KVStore:
     return KVStore(config, **{**fields, "device": "cpu", **changes})  # type: ignore[arg-type]
 
 
-def feed(target: KVStore, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
+def feed(target: KVStore, q: Tensor, k: Tensor, v: Tensor, cuts: list[int], *, impl: str | None = None) -> Tensor:
     """Outputs of calls that end at ``cuts`` and at the end."""
     ends = sorted({*(c for c in cuts if 0 < c < k.shape[1]), k.shape[1]})
     outs, start = [], 0
     for end in ends:
         columns = slice(start, end)
-        outs.append(target.attend(0, q[:, columns], k[:, columns], v[:, columns]))
+        outs.append(target.attend(0, q[:, columns], k[:, columns], v[:, columns], impl=impl))
         start = end
     return torch.cat(outs, 1)
 

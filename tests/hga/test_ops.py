@@ -83,37 +83,6 @@ def test_p23_gradcheck(routing: str, masked: bool) -> None:
     assert torch.autograd.gradcheck(formula, leaves)
 
 
-@pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
-@pytest.mark.parametrize("t", [100, 9])
-def test_p23_gradients_are_those_of_attention_with_the_same_mask(routing: str, t: int) -> None:
-    config = small(routing=routing)
-    leaves = [x.requires_grad_() for x in tensors(100, t=t, b=2, seed=4)]
-    q, k, v = leaves
-    got = full(q, k, v, config)
-    seen = torch.zeros(2, t, 4, 100, dtype=torch.bool)
-    for i, p in enumerate(range(100 - t, 100)):
-        n = p // 16
-        seen[:, i, :, : min(1, n) * 16] = True
-        seen[:, i, :, min(max(1, n - 1), n) * 16 : p + 1] = True
-    for b, i, h, g in got.routes.ge(0).nonzero().tolist():
-        first = int(got.routes[b, i, h, g]) * 4
-        seen[b, i, h, first : first + 4] = True
-    scores = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(2, 2)) * 16**-0.5
-    scores = scores.masked_fill(~seen, -torch.inf)
-    out = torch.einsum("bths,bshd->bthd", scores.softmax(-1), v.repeat_interleave(2, 2))
-    lse = scores.logsumexp(-1).transpose(1, 2)
-    close(got.out, out)
-    close(got.lse, lse)
-    weights = torch.randn_like(out), torch.randn_like(lse)
-    for x, y in zip(
-        torch.autograd.grad((got.out, got.lse), leaves, weights),
-        torch.autograd.grad((out, lse), leaves, weights),
-        strict=True,
-    ):
-        close(x, y)
-        assert torch.equal(x == 0, y == 0)  # what is hidden from everybody has exactly no gradient
-
-
 def test_summaries_and_routes_carry_no_gradient() -> None:
     q, k, _ = (x.requires_grad_() for x in tensors(70))
     chunk_keys, group_keys = hga_summaries(k, rope=rope(), chunk_size=16, group_size=4)
