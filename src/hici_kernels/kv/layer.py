@@ -20,12 +20,6 @@ from .lists import room
 from .meter import Meter
 
 
-def first_of_tail(lengths: Tensor, config: HGAConfig) -> Tensor:
-    """base of rows of these lengths."""
-    n = lengths // config.chunk_size
-    return torch.minimum(n, (n - config.keep_last).clamp(min=config.keep_first))
-
-
 class LayerState:
     """Buffers of one layer; row b of each is left-aligned. Beyond what ``lengths`` says, they are scratch."""
 
@@ -35,7 +29,7 @@ class LayerState:
         self.base = torch.zeros(batch, dtype=torch.int64)
         self.columns = [Columns() for _ in range(batch)]
         self.records = torch.full((batch, 0), -1, dtype=torch.int64)  # [B, chunks]
-        # "sinks.k", "tail.k", ... [B, tokens, heads, D]; "chunk_keys", "group_keys" [B, chunks, ...]
+        # "sinks.k", "tail.k", ... [B, tokens, heads, D]; "chunk_keys", "group_keys", "super_keys" [B, chunks, ...]
         self.buffers: dict[str, Tensor] = {}
         self.last_pages: Tensor | None = None  # of the latest decode-sized call
 

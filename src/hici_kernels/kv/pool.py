@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class Pool:
         self.record_bytes = layout.pages * layout.page_bytes
         self.slabs: list[Tensor] = []  # uint8 [records, pages, page_bytes]
         self.starts = torch.zeros(0, dtype=torch.int64)
+        self.first_pages = self.starts.numpy()  # of every slab
         self.origins = torch.zeros(0, dtype=torch.int64)  # address of record 0, were it in the slab
         self.room = 0
 
@@ -51,8 +53,9 @@ class Pool:
         return out
 
     def located(self, pages: Tensor) -> Tensor | None:
-        slab = torch.bucketize(pages, self.starts * self.layout.pages, right=True) - 1
-        return self.origins[slab] + pages * self.layout.page_bytes
+        # numpy: PyTorch's search wakes threads for a few hundred numbers
+        slab = np.searchsorted(self.first_pages, pages.numpy(), side="right") - 1
+        return self.origins[torch.from_numpy(slab)] + pages * self.layout.page_bytes
 
     def free(self, pages: Tensor) -> None:
         """Slabs stay for later records."""
@@ -88,6 +91,7 @@ class Pool:
             shape = (count, self.layout.pages, self.layout.page_bytes)
             self.slabs.append(torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
             self.starts = torch.cat((self.starts, torch.tensor([self.room])))
+            self.first_pages = (self.starts * self.layout.pages).numpy()
             origin = self.slabs[-1].data_ptr() - self.room * self.record_bytes
             self.origins = torch.cat((self.origins, torch.tensor([origin])))
             self.room += count

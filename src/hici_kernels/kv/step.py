@@ -14,9 +14,10 @@ from ..ops.hga_attention.op import attention_forward
 from ..ops.hga_route.api import budgets
 from ..ops.hga_route.op import route_forward
 from ..ops.hga_summaries.op import summaries_forward
+from ..ops.hga_summaries.supers import super_chunk_keys
 from ..rope import Rope
 from . import in_place, routed
-from .layer import LayerState, first_of_tail
+from .layer import LayerState
 from .layout import Layout
 from .meter import Meter
 from .records import Records
@@ -175,11 +176,11 @@ class Engine:
 
     def rebuild_tail(self, state: LayerState) -> None:
         """After a rewind: bring window and active chunk back from sinks and records."""
-        wanted = first_of_tail(state.lengths, self.config)
-        stale = (wanted < state.base).nonzero().flatten().tolist()
+        wanted = [self._base_of(length) for length in state.lengths.tolist()]
+        stale = [b for b, (new, old) in enumerate(zip(wanted, state.base.tolist(), strict=True)) if new < old]
         c = self.config.chunk_size
         for b in stale:
-            start, length, base = int(wanted[b]), int(state.lengths[b]), int(state.base[b])
+            start, length, base = wanted[b], int(state.lengths[b]), int(state.base[b])
             stop = min(base, -(-length // c))  # chunks [start, stop) come back
             stored = state.records[b, max(start, self.config.keep_first) : stop]
             parts: dict[str, list[Tensor]] = {n: [] for n in self.heads}
@@ -219,7 +220,7 @@ class Engine:
             self.tier.free(self.records.pages_of(gone).flatten())
 
     def _base_of(self, length: int) -> int:
-        """:func:`~.layer.first_of_tail` of one row."""
+        """First chunk of the tail of a row of ``length`` tokens."""
         n = length // self.config.chunk_size
         return min(n, max(self.config.keep_first, n - self.config.keep_last))
 
@@ -297,6 +298,8 @@ class Engine:
         _, _, h, d = keys.shape
         state.reserve("chunk_keys", chunks, (h, d), self.device, None)
         state.reserve("group_keys", chunks, (self.config.groups_per_chunk, h, d), self.device, None)
+        if self.config.super_chunk:
+            state.reserve("super_keys", chunks // self.config.super_chunk, (h, d), self.device, None)
         spans = [(x // c, y // c, first) for x, y, first in zip(held, after, base, strict=True)]
         together = all(x == spans[0] for x in spans)
         for b, (start, stop, first) in enumerate(spans[:1] if together else spans):
@@ -305,6 +308,11 @@ class Engine:
                 part = keys.detach()[rows, (start - first) * c : (stop - first) * c]
                 found = summaries_forward(part, self.rope.inv_freq, None, c, g, impl)
                 state.buffers["chunk_keys"][rows, start:stop], state.buffers["group_keys"][rows, start:stop] = found
+                size = self.config.super_chunk
+                if size and start // size < stop // size:
+                    supers = slice(start // size, stop // size)
+                    keys_of = state.buffers["chunk_keys"][rows, supers.start * size : supers.stop * size]
+                    state.buffers["super_keys"][rows, supers] = super_chunk_keys(keys_of, size)
 
     def _route(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, chunks: int, impl: str
@@ -322,7 +330,9 @@ class Engine:
                 queries = torch.cat((recent["q"][rows, local.to(self.device)], queries), 1)
                 at = torch.cat((there.to(self.device), at), 1)
         keys = (state.buffers[n][:, :chunks] for n in ("chunk_keys", "group_keys"))
-        return route_forward(queries, *keys, at, context, *budgets(self.config), impl)
+        size = self.config.super_chunk
+        supers = state.buffers["super_keys"][:, : chunks // size] if size else None
+        return route_forward(queries, *keys, at, context, *budgets(self.config), impl, supers)
 
     def _attend_in_place(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
