@@ -38,7 +38,7 @@ Regions regions_of(const HistoryProblem& p, int64_t position) {
   return {std::min(p.keep_first, n), std::min(std::max(p.keep_first, n - p.keep_last), n), n};
 }
 
-// Every chunk a query sees with the bits of its groups; routes outside the pool are left out.
+// Every chunk a query sees as a whole, with the bits of its groups.
 template <class See>
 void windows(const HistoryProblem& p, int64_t b, const See& see) {
   const uint64_t all = ~uint64_t{0} >> (64 - p.chunk_size / p.group_size);
@@ -51,17 +51,28 @@ void windows(const HistoryProblem& p, int64_t b, const See& see) {
   }
 }
 
-template <class See>
-void opened(const HistoryProblem& p, int64_t b, int64_t g, const See& see) {
-  const int64_t group = p.heads / p.kv_heads, m = p.chunk_size / p.group_size;
+struct Open {
+  int64_t chunk;
+  int32_t place, group;  // query and head of the mask, and its bit
+};
+
+// What the routes of one kv head open, those outside the pool left out.
+void opened(const HistoryProblem& p, int64_t b, int64_t g, std::vector<Open>& found) {
+  const int64_t group = p.heads / p.kv_heads;
+  const uint32_t m = static_cast<uint32_t>(p.chunk_size / p.group_size);
+  found.clear();
   for (int64_t t = 0; t < p.queries; ++t) {
     const int64_t position = p.positions[b * p.queries + t];
     if (position < 0) continue;
     const Regions r = regions_of(p, position);
     for (int64_t i = 0; i < group; ++i) {
       const int32_t* const route = p.routes + ((b * p.queries + t) * p.heads + g * group + i) * p.width;
-      for (int64_t j = 0; j < p.width; ++j)
-        if (route[j] >= r.first * m && route[j] < r.last * m) see(t, i, route[j] / m, uint64_t{1} << route[j] % m);
+      for (int64_t j = 0; j < p.width; ++j) {
+        if (route[j] < 0) continue;
+        const uint32_t id = static_cast<uint32_t>(route[j]), chunk = id / m;
+        if (chunk >= r.first && chunk < r.last)
+          found.push_back({chunk, static_cast<int32_t>(t * group + i), static_cast<int32_t>(id - chunk * m)});
+      }
     }
   }
 }
@@ -71,11 +82,13 @@ void opened(const HistoryProblem& p, int64_t b, int64_t g, const See& see) {
 void hga_history_pages(const HistoryProblem& p, HistoryPages& out) {
   const int64_t group = p.heads / p.kv_heads, width = p.queries * group;
   Places places;
+  std::vector<Open> open;
   out.offsets.push_back(0);
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t g = 0; g < p.kv_heads; ++g) {
       windows(p, b, [&](int64_t, int64_t chunk, uint64_t) { places.of(chunk); });
-      opened(p, b, g, [&](int64_t, int64_t, int64_t chunk, uint64_t) { places.of(chunk); });
+      opened(p, b, g, open);
+      for (const Open& x : open) places.of(x.chunk);
       for (const int64_t chunk : places.order(static_cast<int64_t>(out.starts.size()))) {
         out.starts.push_back(chunk * p.chunk_size);
         const int64_t base = p.base[b];
@@ -97,9 +110,7 @@ void hga_history_pages(const HistoryProblem& p, HistoryPages& out) {
       windows(p, b, [&](int64_t t, int64_t chunk, uint64_t bits) {
         for (int64_t i = 0; i < group; ++i) out.visible[places[chunk] * width + t * group + i] |= bits;
       });
-      opened(p, b, g, [&](int64_t t, int64_t i, int64_t chunk, uint64_t bit) {
-        out.visible[places[chunk] * width + t * group + i] |= bit;
-      });
+      for (const Open& x : open) out.visible[places[x.chunk] * width + x.place] |= uint64_t{1} << x.group;
       out.offsets.push_back(static_cast<int64_t>(out.starts.size()));
       places.clear();
     }

@@ -475,7 +475,9 @@ def _growth(size: Size, path: str) -> list[dict[str, Any]]:
     layer, config = size.layer, _config()
     token = layer.hkv * layer.d * size.dtype.itemsize
     tables = size.tokens * size.growth // config.chunk_size * (1 + config.groups_per_chunk) * token
-    host = max(size.tokens * 2 * token // size.share, 1 << 20) + size.tokens * size.growth // 16
+    # an eighth is kept for lists: 12 bytes a page, and as much again while they are enlarged
+    pages = size.tokens * size.growth // config.chunk_size * layer.hkv
+    host = max(size.tokens * 2 * token // size.share, 1 << 20) + 8 * 36 * pages
     store = _make(one, "disk", path, host_bytes=host, device_bytes=4 * tables + (64 << 20))
     found = []
     with store:
