@@ -1,7 +1,9 @@
 // hga_summaries, hga_route, hga_attention: from tensors to the descriptions the kernels take.
+#include <algorithm>
 #include <limits>
 
 #include "../cpu/hga_attention.h"
+#include "../cpu/hga_history.h"
 #include "../cpu/hga_route.h"
 #include "../cpu/hga_summaries.h"
 #include "execution.h"
@@ -272,6 +274,84 @@ void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorV
                          checked_execution(threads));
 }
 
+// [B, tokens, kv_heads, D] of a buffer, of which rows hold at least `needed` tokens.
+cpu::HistoryBuffer buffer_of(const TensorView& t, const char* name, int64_t batch, int64_t kv_heads, int64_t needed,
+                             int64_t token) {
+  check_rows(t, name, t.dtype(), 4);
+  if (t.size(0) != batch || t.size(2) != kv_heads || t.size(1) < needed)
+    TVM_FFI_THROW(ValueError) << name << " has shape " << t.shape() << ", expected at least " << needed << " tokens";
+  const int64_t size = t.dtype().bits / 8;
+  if (needed > 1 && t.stride(1) * size != token) TVM_FFI_THROW(ValueError) << name << " must have tokens side by side";
+  return {reinterpret_cast<int64_t>(pointer<char>(t)), t.stride(0) * size, t.stride(2) * size};
+}
+
+template <class T>
+void fill(const TensorView& t, const char* name, const std::vector<T>& from) {
+  check_cpu(t, name);
+  check_type(t, name, kInt64);
+  check_contiguous(t, name);
+  if (t.numel() < static_cast<int64_t>(from.size())) TVM_FFI_THROW(ValueError) << name << " has no room for " << from.size();
+  std::copy(from.begin(), from.end(), pointer<T>(t));
+}
+
+// counts: pages of all lists, of which in records.
+void history_pages(TensorView routes, TensorView positions, TensorView base, TensorView records, int64_t pages,
+                   int64_t chunk_size, int64_t group_size, int64_t keep_first, int64_t keep_last, MaybeTensor sinks_k,
+                   MaybeTensor sinks_v, TensorView tail_k, TensorView tail_v, TensorView k, TensorView v, TensorView starts,
+                   TensorView offsets, TensorView visible, TensorView at, TensorView number, TensorView counts) {
+  cpu::HistoryProblem p{};
+  check_cpu(routes, "routes");
+  check_type(routes, "routes", kInt32);
+  check_contiguous(routes, "routes");
+  if (routes.ndim() != 4) TVM_FFI_THROW(ValueError) << "routes must have 4 dimensions, got shape " << routes.shape();
+  p.batch = routes.size(0), p.queries = routes.size(1), p.heads = routes.size(2), p.width = routes.size(3);
+  check_rows(tail_k, "tail_k", tail_k.dtype(), 4);
+  p.kv_heads = tail_k.size(2);
+  if (p.kv_heads < 1 || p.heads % p.kv_heads) TVM_FFI_THROW(ValueError) << "routes has " << p.heads << " heads";
+  positive(chunk_size, "chunk_size");
+  positive(group_size, "group_size");
+  natural(keep_first, "keep_first");
+  natural(keep_last, "keep_last");
+  if (chunk_size % group_size || chunk_size / group_size > 64)
+    TVM_FFI_THROW(ValueError) << "group_size must divide chunk_size " << chunk_size << " into at most 64 groups";
+  p.chunk_size = chunk_size, p.group_size = group_size, p.keep_first = keep_first, p.keep_last = keep_last;
+  p.token = tail_k.size(3) * tail_k.dtype().bits / 8;
+  p.routes = pointer<const int32_t>(routes);
+  p.positions = indices(positions, "positions", p.batch, p.queries);
+  p.base = list_of(base, "base", p.batch);
+  if (records.ndim() != 2) TVM_FFI_THROW(ValueError) << "records must have 2 dimensions, got shape " << records.shape();
+  p.chunks = records.size(1), p.pages = pages;
+  p.records = indices(records, "records", p.batch, p.chunks);
+  int64_t in_sinks = 0, in_tail = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    natural(p.base[b], "base");
+    in_sinks = std::max(in_sinks, std::min(p.base[b], keep_first) * chunk_size);
+    for (int64_t t = 0; t < p.queries; ++t) {
+      const int64_t position = p.positions[b * p.queries + t];
+      if (position < 0) continue;
+      const int64_t n = position / chunk_size, window = std::min(std::max(keep_first, n - keep_last), n);
+      if (p.base[b] > n || (p.base[b] > keep_first && p.base[b] > window))
+        TVM_FFI_THROW(ValueError) << "position " << position << " does not lie in a tail from chunk " << p.base[b];
+      in_tail = std::max(in_tail, position + 1 - p.base[b] * chunk_size);
+    }
+  }
+  p.tail[0] = buffer_of(tail_k, "tail_k", p.batch, p.kv_heads, in_tail, p.token);
+  p.tail[1] = buffer_of(tail_v, "tail_v", p.batch, p.kv_heads, in_tail, p.token);
+  if (in_sinks > 0) {
+    if (!sinks_k.has_value() || !sinks_v.has_value()) TVM_FFI_THROW(ValueError) << "sinks are missing";
+    p.sinks[0] = buffer_of(sinks_k.value(), "sinks_k", p.batch, p.kv_heads, in_sinks, p.token);
+    p.sinks[1] = buffer_of(sinks_v.value(), "sinks_v", p.batch, p.kv_heads, in_sinks, p.token);
+  }
+  cpu::HistoryPages found;
+  cpu::hga_history_pages(p, found);
+  if (found.missing) TVM_FFI_THROW(ValueError) << "routes name a chunk that no record holds";
+  fill(k, "k", found.k), fill(v, "v", found.v), fill(starts, "starts", found.starts);
+  fill(offsets, "offsets", found.offsets), fill(visible, "visible", found.visible);
+  fill(at, "at", found.at), fill(number, "number", found.number);
+  const std::vector<int64_t> sizes{static_cast<int64_t>(found.k.size()), static_cast<int64_t>(found.at.size())};
+  fill(counts, "counts", sizes);
+}
+
 }  // namespace
 }  // namespace hici::bindings
 
@@ -280,3 +360,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_route, hici::bindings::route);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_attention_forward, hici::bindings::attention_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_attention_backward, hici::bindings::attention_backward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_pages_forward, hici::bindings::pages_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_history_pages, hici::bindings::history_pages);

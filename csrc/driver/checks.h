@@ -18,6 +18,7 @@ HICI_PATHS(HICI_DECLARE)
 namespace hici::driver {
 
 void check_threads();
+void check_io(uint64_t seed, int cases);
 void check_attention(cpu::Isa isa, uint64_t seed, int cases);
 void check_local_slots(cpu::Isa isa, uint64_t seed, int cases);
 void check_global_stats(cpu::Isa isa, uint64_t seed, int cases);

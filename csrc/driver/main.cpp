@@ -47,6 +47,12 @@ int main(int argc, char** argv) {
   };
   int run = 0;
   if (cases > 0) hici::driver::check_threads();
+  if (cases > 0 && (!only || std::strcmp(only, "io") == 0)) {
+    hici::driver::check_io(seed, cases);
+    std::printf("io: %d cases hold\n", cases);
+    std::fflush(stdout);
+    ++run;
+  }
   for (const hici::cpu::Isa isa : paths())
     for (const Check& check : checks) {
       if (cases < 1 || (only && std::strcmp(only, check.name) != 0)) continue;
@@ -55,6 +61,6 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
       ++run;
     }
-  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention | hga]");
+  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention | hga | io]");
   return 0;
 }

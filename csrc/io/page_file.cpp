@@ -189,7 +189,11 @@ void PageFile::progress(std::unique_lock<std::mutex>& lock) {
     turns_->changed.wait(lock);
     return;
   }
-  if (flying_ == 0) return;
+  if (flying_ == 0) {
+    // close() is about to end what will not begin any more, and needs the lock for it
+    if (turns_->stop && waiting_.empty()) turns_->changed.wait(lock);
+    return;
+  }
   turns_->taken = true;
   lock.unlock();
   queue_->idle();

@@ -1,6 +1,8 @@
 """Wrong calls of the HGA half: (id, call, exception, what the message must say)."""
 
+import copy
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -82,6 +84,43 @@ def nested(held):
 def rewound(held):
     with held.segment():
         held.rewind(1)
+
+
+def in_segment(act):
+    def inside(held):
+        with held.segment():
+            act(held)
+
+    return after(inside)
+
+
+def once_closed(act):
+    def call():
+        held = make()
+        held.close()
+        act(held)
+
+    return call
+
+
+def reopened(**options):
+    def load(held):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "saved")
+            held.save(path)
+            KVStore.load(path, device="cpu", **options)
+
+    return after(load)
+
+
+def enter(held):
+    with held:
+        pass
+
+
+def enter_segment(held):
+    with held.segment():
+        pass
 
 
 def other_heads(held):
@@ -213,6 +252,36 @@ CASES = [
     ("KVStore.rewind: inside a segment", after(rewound), ValueError, "inside a segment"),
     ("KVStore.save: path a number", after(lambda s: s.save(3)), TypeError, "path must be a str or a path"),
     ("KVStore.save: no such directory", after(lambda s: s.save("absent/x")), ValueError, "path must be in a directory"),
+    ("KVStore.attend: unknown impl", append(impl="fast"), ValueError, "impl must be None or one of"),
+    ("KVStore.attend: q a list", append(q=[1.0]), TypeError, "q must be a tensor"),
+    (
+        "KVStore.attend: on another device",
+        append(q=Q.to("meta"), k=K.to("meta"), v=K.to("meta")),
+        ValueError,
+        "q is on meta, expected cpu",
+    ),
+    (
+        "KVStore.next_columns: layer out of range",
+        after(lambda s: s.next_columns(2)),
+        ValueError,
+        "layer must be at most 1",
+    ),
+    ("KVStore.rewind: negative length", after(lambda s: s.rewind(-1)), ValueError, "length must be at least 0"),
+    ("KVStore.rewind: length a float", after(lambda s: s.rewind(1.0)), TypeError, "length must be an int"),
+    ("KVStore.reset: row out of range", after(lambda s: s.reset(2)), ValueError, "row must be at most 1"),
+    ("KVStore.reset: inside a segment", in_segment(lambda s: s.reset()), ValueError, "inside a segment"),
+    ("KVStore.reorder: inside a segment", in_segment(lambda s: s.reorder([0])), ValueError, "inside a segment"),
+    ("KVStore.save: inside a segment", in_segment(lambda s: s.save("x")), ValueError, "inside a segment"),
+    ("KVStore.load: another number of heads", reopened(kv_heads=4), ValueError, "kv_heads is that of the saved store"),
+    ("KVStore.load: unknown tier", reopened(tier="tape"), ValueError, "tier must be one of"),
+    ("KVStore.reset: closed", once_closed(lambda s: s.reset()), ValueError, "this KVStore is closed"),
+    ("KVStore.reorder: closed", once_closed(lambda s: s.reorder([0])), ValueError, "this KVStore is closed"),
+    ("KVStore.segment: closed", once_closed(enter_segment), ValueError, "this KVStore is closed"),
+    ("KVStore.save: closed", once_closed(lambda s: s.save("x")), ValueError, "this KVStore is closed"),
+    ("KVStore as a context: closed", once_closed(enter), ValueError, "this KVStore is closed"),
+    ("copy.deepcopy of a KVStore: closed", once_closed(copy.deepcopy), ValueError, "this KVStore is closed"),
+    ("copy.deepcopy of a KVStore: inside a segment", in_segment(copy.deepcopy), ValueError, "inside a segment"),
+    ("copy.copy of a KVStore", after(copy.copy), TypeError, "would share the history"),
     ("HGAAttention: heads that do not divide", lambda: build(num_heads=3), ValueError, "num_heads must be a multiple"),
     ("HGAAttention: config None", lambda: build(config=None), TypeError, "config must be an HGAConfig"),
     ("HGAAttention: negative layer_idx", lambda: build(layer_idx=-1), ValueError, "layer_idx must be at least 0"),

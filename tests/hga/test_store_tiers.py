@@ -77,10 +77,11 @@ def play(target: KVStore, seed: int, layers: int, calls: int = 14) -> list[torch
 
 @pytest.mark.parametrize("name", TIERS)
 @pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
-def test_p20_all_tiers_give_the_same_bits(name: str, routing: str, tmp_path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["brought together", "in place"])
+def test_p20_all_tiers_give_the_same_bits(name: str, routing: str, dtype: torch.dtype, tmp_path) -> None:
     config = small(routing=routing)
     for seed in range(3):
-        k = torch.zeros(2, 1, 2, 16, dtype=torch.float64)
+        k = torch.zeros(2, 1, 2, 16, dtype=dtype)
         with store(config, k, layers=2) as near, store(config, k, layers=2, **options(name, tmp_path)) as far:
             for x, y in zip(play(near, seed, 2), play(far, seed, 2), strict=True):
                 assert torch.equal(x, y)

@@ -17,6 +17,8 @@ from .tier import Tier
 class DeviceBank:
     """Pages that were used lately, on the device; ``slots`` of them. A request for more is served without the bank."""
 
+    resident = False
+
     def __init__(
         self, lower: Tier, slots: int, device: torch.device, layout: Layout, meter: Meter, cycle: int = 1
     ) -> None:
@@ -36,19 +38,8 @@ class DeviceBank:
     def groups(self, pages: Tensor, group: Tensor) -> Tensor:
         layout = self.layout
         wanted, where = pages.unique(return_inverse=True)
-        if len(wanted):
-            self.meter.require("host", self.bank.growth(int(wanted[-1]) + 1), "the list of pages")
-        found = self.bank.find(wanted)
-        self._enter_lists()
-        absent = (found < 0).nonzero().flatten()
-        self.hits += len(wanted) - len(absent)
-        self.misses += len(absent)
-        self.moved += len(absent) * layout.page_bytes
+        found = self._find(wanted)
         if len(wanted) <= self.bank.slots:
-            if len(absent):
-                arrived = self._fetch(wanted[absent])
-                found[absent] = self.bank.place(wanted[absent])
-                self.memory[found[absent].to(self.device)] = arrived
             return layout.groups(self.memory, found[where].to(self.device), group.to(self.device))
         shape = (len(pages), 2, layout.group_size, layout.head_dim)
         out = torch.empty(shape, dtype=layout.dtype, device=self.device)
@@ -63,6 +54,11 @@ class DeviceBank:
 
     def pages(self, pages: Tensor) -> Tensor:
         return self.lower.pages(pages)
+
+    def located(self, pages: Tensor) -> Tensor | None:
+        if len(pages) > self.bank.slots:
+            return None
+        return self._find(pages) * self.layout.page_bytes + self.memory.data_ptr()
 
     def free(self, pages: Tensor) -> None:
         self.bank.drop(pages)
@@ -84,6 +80,22 @@ class DeviceBank:
 
     def _enter_lists(self) -> None:
         self.meter.set("host", "device bank", self.bank.nbytes)
+
+    def _find(self, wanted: Tensor) -> Tensor:
+        """Slots of distinct pages, brought here if all of them fit together, else -1 for those that are not here."""
+        if len(wanted):
+            self.meter.require("host", self.bank.growth(int(wanted.max()) + 1), "the list of pages")
+        found = self.bank.find(wanted)
+        self._enter_lists()
+        absent = (found < 0).nonzero().flatten()
+        self.hits += len(wanted) - len(absent)
+        self.misses += len(absent)
+        self.moved += len(absent) * self.layout.page_bytes
+        if len(wanted) <= self.bank.slots and len(absent):
+            arrived = self._fetch(wanted[absent])
+            found[absent] = self.bank.place(wanted[absent])
+            self.memory[found[absent].to(self.device)] = arrived
+        return found
 
     def _fetch(self, pages: Tensor) -> Tensor:
         began = time.perf_counter()

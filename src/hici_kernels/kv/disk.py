@@ -19,6 +19,8 @@ class Disk:
     The kernel's page cache is passed by (or dropped), so that the bank is the only cache and its size the whole cost.
     """
 
+    resident = False
+
     def __init__(
         self,
         directory: str,
@@ -84,6 +86,11 @@ class Disk:
             piece = slice(start, start + self.bank.slots)
             out[piece] = self.memory[self._resident(pages[piece]), : self.layout.page_bytes]
         return out
+
+    def located(self, pages: Tensor) -> Tensor | None:
+        if len(pages) > self.bank.slots:
+            return None
+        return self._resident(pages) * self.layout.stride + self.memory.data_ptr()
 
     def free(self, pages: Tensor) -> None:
         self._arrive()

@@ -20,12 +20,6 @@ from .lists import room
 from .meter import Meter
 
 
-def first_of_tail(lengths: Tensor, config: HGAConfig) -> Tensor:
-    """base of rows of these lengths."""
-    n = lengths // config.chunk_size
-    return torch.minimum(n, (n - config.keep_last).clamp(min=config.keep_first))
-
-
 class LayerState:
     """Buffers of one layer; row b of each is left-aligned. Beyond what ``lengths`` says, they are scratch."""
 
@@ -35,7 +29,7 @@ class LayerState:
         self.base = torch.zeros(batch, dtype=torch.int64)
         self.columns = [Columns() for _ in range(batch)]
         self.records = torch.full((batch, 0), -1, dtype=torch.int64)  # [B, chunks]
-        # "sinks.k", "tail.k", ... [B, tokens, heads, D]; "chunk_keys", "group_keys" [B, chunks, ...]
+        # "sinks.k", "tail.k", ... [B, tokens, heads, D]; "chunk_keys", "group_keys", "super_keys" [B, chunks, ...]
         self.buffers: dict[str, Tensor] = {}
         self.last_pages: Tensor | None = None  # of the latest decode-sized call
 
@@ -49,6 +43,8 @@ class LayerState:
 
     def reserve(self, name: str, count: int, like: tuple[int, ...], device: torch.device, most: int | None) -> Tensor:
         """Buffer ``name`` [B, at least count, *like]: doubled, at most ``most``, or exact if the limit allows no more.
+
+        In memory the heads, which come before D, are outermost after B, so that all of one head lies together.
 
         Raises:
             ValueError: the limit allows not even that; nothing has changed then.
@@ -66,7 +62,8 @@ class LayerState:
             size = count
         total = int(self.lengths.max()) if self.batch else 0
         self.meter.require("device", size * one, f"{name} of layer {self.number} beyond {total} tokens")
-        new = torch.empty(self.batch, size, *like, dtype=self.dtype, device=device)
+        *between, heads, d = like
+        new = torch.empty(self.batch, heads, size, *between, d, dtype=self.dtype, device=device).movedim(1, -2)
         self._enter(name, (0 if old is None else old.nbytes) + new.nbytes)
         if old is not None:
             new[:, :held] = old
@@ -91,7 +88,7 @@ class LayerState:
         self.lengths, self.base, self.records = self.lengths[rows], self.base[rows], self.records[rows]
         self.columns = [self.columns[i].copy() for i in rows.tolist()]
         for name, old in list(self.buffers.items()):
-            self.buffers[name] = old.index_select(0, there)
+            self.buffers[name] = old.movedim(-2, 1).index_select(0, there).movedim(1, -2)
             self._enter(name, self.buffers[name].nbytes)
         self.meter.set("host", f"layer {self.number} records", self.records.nbytes)
         self.last_pages = None

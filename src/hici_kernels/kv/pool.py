@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,15 @@ LARGEST = 64 << 20  # bytes of a slab
 class Pool:
     """Slabs of records, each as large as all before it up to :data:`LARGEST`, or what the limit still allows."""
 
+    resident = True
+
     def __init__(self, where: str, device: torch.device, layout: Layout, meter: Meter, *, pinned: bool = False) -> None:
         self.where, self.device, self.layout, self.meter, self.pinned = where, device, layout, meter, pinned
         self.record_bytes = layout.pages * layout.page_bytes
         self.slabs: list[Tensor] = []  # uint8 [records, pages, page_bytes]
         self.starts = torch.zeros(0, dtype=torch.int64)
+        self.first_pages = self.starts.numpy()  # of every slab
+        self.origins = torch.zeros(0, dtype=torch.int64)  # address of record 0, were it in the slab
         self.room = 0
 
     def write(self, records: Tensor, pages: Tensor) -> None:
@@ -47,6 +52,11 @@ class Pool:
             out[there.to(self.device)] = slab[index.to(self.device), page[there].to(self.device)]
         return out
 
+    def located(self, pages: Tensor) -> Tensor | None:
+        # numpy: PyTorch's search wakes threads for a few hundred numbers
+        slab = np.searchsorted(self.first_pages, pages.numpy(), side="right") - 1
+        return self.origins[torch.from_numpy(slab)] + pages * self.layout.page_bytes
+
     def free(self, pages: Tensor) -> None:
         """Slabs stay for later records."""
 
@@ -57,7 +67,7 @@ class Pool:
         return {"hits": 0, "misses": 0, "bytes_moved": 0, "busy_s": 0.0, "stall_s": 0.0}
 
     def close(self) -> None:
-        self.slabs, self.starts, self.room = [], self.starts[:0], 0
+        self.slabs, self.starts, self.origins, self.room = [], self.starts[:0], self.origins[:0], 0
         self.meter.set(self.where, "records", 0)
 
     def _located(self, records: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -81,5 +91,8 @@ class Pool:
             shape = (count, self.layout.pages, self.layout.page_bytes)
             self.slabs.append(torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
             self.starts = torch.cat((self.starts, torch.tensor([self.room])))
+            self.first_pages = (self.starts * self.layout.pages).numpy()
+            origin = self.slabs[-1].data_ptr() - self.room * self.record_bytes
+            self.origins = torch.cat((self.origins, torch.tensor([origin])))
             self.room += count
             self.meter.set(self.where, "records", self.room * self.record_bytes)

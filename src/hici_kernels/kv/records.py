@@ -25,6 +25,11 @@ class Records:
     def nbytes(self) -> int:
         return self.shares.nbytes + self.names.nbytes
 
+    def restore(self, other: Records) -> None:
+        """The same records, under the name of this store."""
+        self.shares, self.names, self.end = other.shares.clone(), other.names.clone(), other.end
+        self._free = other._free.copy()
+
     def growth(self, count: int) -> int:
         """Bytes that taking ``count`` records may need."""
         end = self.end + max(0, count - len(self._free))

@@ -95,8 +95,8 @@ class Compact(NamedTuple):
     def positions(self, place: Tensor, chunk_size: int) -> Tensor:
         return torch.where(place < 0, -1, place + (self.shift * chunk_size)[:, None])
 
-    def join(self, sinks: Tensor | None, middle: Tensor | None, recent: Tensor, lengths: Tensor, c: int) -> Tensor:
-        """One tensor [B, S', H, D] of sinks, opened groups and the rest ([B, R, H, D], lengths [B] of it)."""
+    def join(self, sinks: Tensor | None, middle: Tensor | None, recent: Tensor, lengths: list[int], c: int) -> Tensor:
+        """One tensor [B, S', H, D] of sinks, opened groups and the rest ([B, R, H, D], ``lengths`` of it)."""
         b = recent.shape[0]
         first, between = self.sinks.tolist(), self.between.tolist()
         if b == 0 or (len(set(first)) == 1 and len(set(between)) == 1):
@@ -107,7 +107,7 @@ class Compact(NamedTuple):
                 parts.insert(0, sinks[:, : first[0] * c])
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         rows = []
-        for i, length in enumerate(lengths.tolist()):
+        for i, length in enumerate(lengths):
             row = [recent[i, :length]]
             if between[i] and middle is not None:
                 row.insert(0, middle[i])

@@ -193,6 +193,8 @@ def _row(store: KVStore, number: int, b: int) -> tuple[dict[str, Any], Iterator[
     length, base = int(state.lengths[b]), int(state.base[b])
     counts = {"chunk_keys": length // c, "group_keys": length // c, "sinks": min(base, first) * c}
     counts["tail"] = length - base * c
+    if store.config.super_chunk:
+        counts["super_keys"] = length // c // store.config.super_chunk
 
     def parts() -> Iterator[tuple[dict[str, Any], bytes]]:
         for name, buffer in state.buffers.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,10 @@ from ..ops.hga_attention.op import attention_forward
 from ..ops.hga_route.api import budgets
 from ..ops.hga_route.op import route_forward
 from ..ops.hga_summaries.op import summaries_forward
+from ..ops.hga_summaries.supers import super_chunk_keys
 from ..rope import Rope
-from . import routed
-from .layer import LayerState, first_of_tail
+from . import in_place, routed
+from .layer import LayerState
 from .layout import Layout
 from .meter import Meter
 from .records import Records
@@ -33,8 +35,7 @@ class Step:
     """What a commit needs: ``recent`` [B, R, heads, D] = tail and new tokens by name, from chunk ``base`` on."""
 
     recent: dict[str, Tensor]
-    base: Tensor
-    after: Tensor
+    after: list[int]  # tokens per row
     mask: Tensor | None
     columns: int
 
@@ -104,26 +105,26 @@ class Engine:
         apart: nothing that is returned or kept by autograd is a view of a buffer or the caller's own tensor: the step
         may be committed later.
         """
-        c, t, b = self.config.chunk_size, q.shape[1], state.batch
-        counts = torch.full_like(state.lengths, t) if mask is None else mask.sum(1)
-        after = state.lengths + counts
-        place = state.lengths[:, None] + (
-            torch.arange(t).expand(b, t) if mask is None else torch.where(mask, mask.cumsum(1) - 1, -1)
-        )
+        c, t = self.config.chunk_size, q.shape[1]
+        held, base = state.lengths.tolist(), state.base.tolist()
+        counts = [t] * state.batch if mask is None else mask.sum(1).tolist()
+        place = state.lengths[:, None] + (torch.arange(t) if mask is None else mask.cumsum(1) - 1)
         if mask is not None:
             place = torch.where(mask, place, -1)
         new = {"k": k, "v": v} | ({"q": q.detach()} if "q" in self.heads else {})
-        used = state.lengths - state.base * c
-        local = torch.where(place < 0, -1, place - (state.base * c)[:, None])
-        total = used + counts
-        length = int(total.max()) if b else 0
-        recent, copied = self._recent(state, new, used, local, mask, length, fresh=apart)
+        after = [x + n for x, n in zip(held, counts, strict=True)]
+        used = [x - first * c for x, first in zip(held, base, strict=True)]
+        total = [x + n for x, n in zip(used, counts, strict=True)]
+        recent, copied = self._recent(state, new, used, place, mask, max(total, default=0), fresh=apart)
         with self.meter.scratch("device", copied, f"a call of {t} tokens"):
-            self._summarise(state, recent["k"], after, impl)
-            routes = self._route(state, q, recent, place, after, impl)
+            self._summarise(state, recent["k"], held, after, base, impl)
+            routes = self._route(state, q, recent, place, max(after, default=0) // c, impl)
             kept = {n: x.detach().clone() if apart and x is new[n] else x.detach() for n, x in recent.items()}
-            step = Step(kept, state.base, after, mask, t)
-            out = self._attend(state, q, recent, place, total, routes, impl)
+            step = Step(kept, after, mask, t)
+            if not apart and in_place.serves(self.config, self.layout, q, recent, impl):
+                out = self._attend_in_place(state, q, recent, place, routes)
+            else:
+                out = self._attend(state, q, recent, place, total, routes, impl)
         return out, step
 
     def commit(self, state: LayerState, step: Step) -> None:
@@ -133,26 +134,28 @@ class Engine:
             ValueError: a byte limit. KVStoreError: the tier. Nothing has changed then.
         """
         c, first = self.config.chunk_size, self.config.keep_first
-        base, after = state.base, step.after
-        new_base = first_of_tail(after, self.config)
-        kept = after - new_base * c
-        rows, b = torch.arange(state.batch), state.batch
+        base = state.base.tolist()
+        new_base = [self._base_of(length) for length in step.after]
+        kept = [length - start * c for length, start in zip(step.after, new_base, strict=True)]
+        most = max(new_base, default=0)
         for name, x in step.recent.items():
             like = tuple(x.shape[2:])
-            if b:
-                most = int(new_base.clamp(max=first).max()) * c
-                if most:
-                    state.reserve(f"sinks.{name}", most, like, self.device, first * c)
-                state.reserve(f"tail.{name}", int(kept.max()), like, self.device, self.tail_tokens)
-        state.reserve_records(int(new_base.max()) if b else 0)
+            if new_base:
+                if most and first:
+                    state.reserve(f"sinks.{name}", min(most, first) * c, like, self.device, first * c)
+                state.reserve(f"tail.{name}", max(kept), like, self.device, self.tail_tokens)
+        state.reserve_records(most)
         written: list[tuple[Tensor, Tensor, Tensor]] = []
         try:
-            leaving = torch.stack((torch.maximum(base, new_base.clamp(max=first)), new_base), 1)
-            pairs = [(i, chunk) for i in rows.tolist() for chunk in range(*leaving[i].tolist())]
+            pairs = [
+                (i, chunk)
+                for i, (start, stop) in enumerate(zip(base, new_base, strict=True))
+                for chunk in range(max(start, min(stop, first)), stop)
+            ]
             at_once = max(1, ENCODED_BYTES // (self.layout.pages * self.layout.page_bytes))
             for i in range(0, len(pairs), at_once):
                 row, chunk = torch.tensor(pairs[i : i + at_once], dtype=torch.int64).unbind(1)
-                column = ((chunk - base[row]) * c)[:, None] + torch.arange(c)
+                column = ((chunk - state.base[row]) * c)[:, None] + torch.arange(c)
                 there, column = row[:, None].to(self.device), column.to(self.device)
                 pages = self.layout.encode({n: x[there, column] for n, x in step.recent.items()})
                 numbers = self.take(state, row, chunk)
@@ -164,18 +167,20 @@ class Engine:
             raise
         for row, chunk, numbers in written:
             state.records[row, chunk] = numbers
-        self._move(state, step, new_base, kept)
+        self._move(state, step, base, new_base, kept)
         for i, held in enumerate(state.lengths.tolist()):
             state.columns[i].append(held, step.columns, None if step.mask is None else step.mask[i])
-        state.lengths, state.base = after, new_base
+        state.lengths = torch.tensor(step.after, dtype=torch.int64)
+        if new_base != base:
+            state.base = torch.tensor(new_base, dtype=torch.int64)
 
     def rebuild_tail(self, state: LayerState) -> None:
         """After a rewind: bring window and active chunk back from sinks and records."""
-        wanted = first_of_tail(state.lengths, self.config)
-        stale = (wanted < state.base).nonzero().flatten().tolist()
+        wanted = [self._base_of(length) for length in state.lengths.tolist()]
+        stale = [b for b, (new, old) in enumerate(zip(wanted, state.base.tolist(), strict=True)) if new < old]
         c = self.config.chunk_size
         for b in stale:
-            start, length, base = int(wanted[b]), int(state.lengths[b]), int(state.base[b])
+            start, length, base = wanted[b], int(state.lengths[b]), int(state.base[b])
             stop = min(base, -(-length // c))  # chunks [start, stop) come back
             stored = state.records[b, max(start, self.config.keep_first) : stop]
             parts: dict[str, list[Tensor]] = {n: [] for n in self.heads}
@@ -214,6 +219,11 @@ class Engine:
         if len(gone):
             self.tier.free(self.records.pages_of(gone).flatten())
 
+    def _base_of(self, length: int) -> int:
+        """First chunk of the tail of a row of ``length`` tokens."""
+        n = length // self.config.chunk_size
+        return min(n, max(self.config.keep_first, n - self.config.keep_last))
+
     @property
     def tail_tokens(self) -> int:
         """Capacity of a tail: window, active chunk, and as much again of new tokens, written in place."""
@@ -236,8 +246,8 @@ class Engine:
         self,
         state: LayerState,
         new: dict[str, Tensor],
-        used: Tensor,
-        local: Tensor,
+        used: list[int],
+        place: Tensor,
         mask: Tensor | None,
         length: int,
         *,
@@ -247,9 +257,11 @@ class Engine:
 
         fresh: never a view of a buffer, which autograd would keep and the next call write into.
         """
-        t = local.shape[1]
-        before = int(used.max()) if len(used) else 0
-        alike = mask is None and (len(used) == 0 or bool((used == before).all()))
+        t = place.shape[1]
+        before = max(used, default=0)
+        alike = mask is None and all(x == before for x in used)
+        if not alike:
+            local = torch.where(place < 0, -1, place - (state.base * self.config.chunk_size)[:, None])
         if not fresh and length <= self.tail_tokens:
             for name, x in new.items():
                 tail = state.reserve(f"tail.{name}", length, tuple(x.shape[2:]), self.device, self.tail_tokens)
@@ -277,27 +289,35 @@ class Engine:
         self.meter.require("device", copied, f"a call of {t} tokens")
         return found, copied
 
-    def _summarise(self, state: LayerState, keys: Tensor, after: Tensor, impl: str) -> None:
+    def _summarise(
+        self, state: LayerState, keys: Tensor, held: list[int], after: list[int], base: list[int], impl: str
+    ) -> None:
         """Summaries of the chunks that the new tokens close; beyond what ``lengths`` says they are scratch."""
         c, g = self.config.chunk_size, self.config.group_size
-        chunks = int(after.max()) // c if len(after) else 0
+        chunks = max(after, default=0) // c
         _, _, h, d = keys.shape
         state.reserve("chunk_keys", chunks, (h, d), self.device, None)
         state.reserve("group_keys", chunks, (self.config.groups_per_chunk, h, d), self.device, None)
-        spans = torch.stack((state.lengths // c, after // c, state.base), 1).tolist()
+        if self.config.super_chunk:
+            state.reserve("super_keys", chunks // self.config.super_chunk, (h, d), self.device, None)
+        spans = [(x // c, y // c, first) for x, y, first in zip(held, after, base, strict=True)]
         together = all(x == spans[0] for x in spans)
-        for b, (start, stop, base) in enumerate(spans[:1] if together else spans):
+        for b, (start, stop, first) in enumerate(spans[:1] if together else spans):
             if start < stop:
                 rows = slice(None) if together else slice(b, b + 1)
-                part = keys.detach()[rows, (start - base) * c : (stop - base) * c]
+                part = keys.detach()[rows, (start - first) * c : (stop - first) * c]
                 found = summaries_forward(part, self.rope.inv_freq, None, c, g, impl)
                 state.buffers["chunk_keys"][rows, start:stop], state.buffers["group_keys"][rows, start:stop] = found
+                size = self.config.super_chunk
+                if size and start // size < stop // size:
+                    supers = slice(start // size, stop // size)
+                    keys_of = state.buffers["chunk_keys"][rows, supers.start * size : supers.stop * size]
+                    state.buffers["super_keys"][rows, supers] = super_chunk_keys(keys_of, size)
 
     def _route(
-        self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, after: Tensor, impl: str
+        self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, chunks: int, impl: str
     ) -> Tensor:
         c = self.config.chunk_size
-        chunks = int(after.max()) // c if state.batch else 0
         queries, at, context = q.detach(), place.to(self.device), 0
         if self.config.routing == "prefix" and state.batch:
             started = state.lengths % c  # queries of the open chunk, from its start
@@ -310,7 +330,35 @@ class Engine:
                 queries = torch.cat((recent["q"][rows, local.to(self.device)], queries), 1)
                 at = torch.cat((there.to(self.device), at), 1)
         keys = (state.buffers[n][:, :chunks] for n in ("chunk_keys", "group_keys"))
-        return route_forward(queries, *keys, at, context, *budgets(self.config), impl)
+        size = self.config.super_chunk
+        supers = state.buffers["super_keys"][:, : chunks // size] if size else None
+        return route_forward(queries, *keys, at, context, *budgets(self.config), impl, supers)
+
+    def _attend_in_place(
+        self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
+    ) -> Tensor:
+        found = in_place.lists(state, self.config, self.layout.pages, recent, place, routes)
+        state.last_pages, where = (found.number, None) if state.batch == 1 else found.number.unique(return_inverse=True)
+        with self._located(state.last_pages) as addresses:
+            there = addresses if where is None else addresses[where]
+            return in_place.attend(found, there, self.config, self.layout, q, place)
+
+    @contextlib.contextmanager
+    def _located(self, pages: Tensor) -> Iterator[Tensor]:
+        """Addresses of distinct pages; brought together where the tier cannot hold them all at once."""
+        if not len(pages):
+            yield pages
+            return
+        addresses = self.tier.located(pages)
+        if addresses is not None:
+            self.fetched()
+            yield addresses
+            return
+        size = self.layout.page_bytes
+        with self.meter.scratch("device", len(pages) * size, f"bringing together {len(pages)} pages"):
+            together = self.tier.pages(pages)
+            self.fetched()
+            yield torch.arange(len(pages)) * size + together.data_ptr()
 
     def _attend(
         self,
@@ -318,7 +366,7 @@ class Engine:
         q: Tensor,
         recent: dict[str, Tensor],
         place: Tensor,
-        total: Tensor,
+        total: list[int],
         routes: Tensor,
         impl: str,
     ) -> Tensor:
@@ -347,18 +395,14 @@ class Engine:
         q: Tensor,
         recent: dict[str, Tensor],
         place: Tensor,
-        total: Tensor,
+        total: list[int],
         ids: Tensor,
         compact: routed.Compact,
         found: routed.Opened,
         page: Tensor,
         impl: str,
     ) -> Tensor:
-        """Attention of q over sinks, opened groups and ``recent``; a kernel over page addresses would stand here.
-
-        Such a kernel takes (row, head, address of the group, its place in the routes) as ``found`` and ``page`` list
-        them and needs none of the copies below.
-        """
+        """Attention of q over sinks, opened groups and ``recent``, brought together: gradients, long calls, 8 bits."""
         c, layout = self.config.chunk_size, self.layout
         joined = q.shape[0] * (int((compact.sinks + compact.between).max()) * c if q.shape[0] else 0)
         joined = joined + recent["k"].shape[0] * recent["k"].shape[1] if joined else 0
@@ -390,10 +434,10 @@ class Engine:
             )
         return out
 
-    def _move(self, state: LayerState, step: Step, new_base: Tensor, kept: Tensor) -> None:
+    def _move(self, state: LayerState, step: Step, old: list[int], new: list[int], kept: list[int]) -> None:
         """Sinks and tail after a commit."""
         c, first = self.config.chunk_size, self.config.keep_first
-        spans = torch.stack((state.base, new_base, kept), 1).tolist()
+        spans = list(zip(old, new, kept, strict=True))
         together = all(x == spans[0] for x in spans)
         for name, x in step.recent.items():
             tail = state.buffers[f"tail.{name}"] if spans else x

@@ -19,7 +19,7 @@ from ..errors import KVStoreError
 from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
 from ..rope import Rope
-from . import saved
+from . import copied, saved
 from .device_bank import DeviceBank
 from .disk import Disk
 from .layer import LayerState
@@ -386,6 +386,42 @@ class KVStore:
                 self._engine = None
             self._meter.clear()
             self._layers = [LayerState(i, batch, self.config, self.dtype, self._meter) for i in range(self.layers)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+        """An independent store with the same history, arguments and limits, which goes on with the same bits; its
+        counters begin at 0.
+
+        Raises:
+            TypeError: tier "disk". ValueError: inside a segment, closed, or a byte limit.
+        """
+        self._check_open()
+        self._check_no_segment()
+        if self.tier == "disk":
+            raise TypeError("a KVStore with tier='disk' cannot be copied: save() it and load() the file")
+        with self._lock:
+            new = KVStore(
+                self.config,
+                rope=self.rope,
+                layers=self.layers,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                batch=self.batch,
+                dtype=self.dtype,
+                device=self.device,
+                tier=self.tier,
+                device_bytes=self.device_bytes,
+                host_bytes=self.host_bytes,
+                cold_dtype=self.cold_dtype,
+                bank_pages=self.bank_pages,
+                prefetch=self.prefetch,
+            )
+            new._io = dict(self._io)
+            copied.fill(new, self)
+        memo[id(self)] = new
+        return new
+
+    def __copy__(self) -> KVStore:
+        raise TypeError("copy.copy would share the history of a KVStore: copy.deepcopy makes one of its own")
 
     def __enter__(self) -> KVStore:
         self._check_open()

@@ -10,6 +10,9 @@ from torch import Tensor
 class Tier(Protocol):
     """Pages and records are numbered by :class:`~.records.Records`. Nothing here is differentiable."""
 
+    #: everything is always at hand: :meth:`prefetch` does nothing
+    resident: bool
+
     def write(self, records: Tensor, pages: Tensor) -> None:
         """Store new records [n] of uint8 [n, pages, page_bytes].
 
@@ -26,6 +29,10 @@ class Tier(Protocol):
 
     def pages(self, pages: Tensor) -> Tensor:
         """uint8 [n, page_bytes]: whole pages. Raises as :meth:`groups`."""
+
+    def located(self, pages: Tensor) -> Tensor | None:
+        """int64 [n], addresses in CPU memory of distinct pages, valid until the next call of the tier but for
+        :meth:`prefetch`; None where they cannot all be at hand together. Raises as :meth:`groups`."""
 
     def free(self, pages: Tensor) -> None:
         """Forget pages [n]."""

@@ -93,9 +93,7 @@ def pages_attention(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
     if _native.status() is not None:
         raise ImplError(str(_native.status()))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((b, hq, t), dtype=torch.float32)
-    _native.library().hga_pages_forward(
+    return attend_pages(
         q,
         k_pages.contiguous(),
         v_pages.contiguous(),
@@ -109,8 +107,13 @@ def pages_attention(
         k_stride,
         v_stride,
         d**-0.5 if scale is None else scale,
-        out,
-        lse,
-        *_native.execution(),
     )
+
+
+def attend_pages(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """:func:`pages_attention` of arguments that are right: all of them, in order, the lists contiguous."""
+    b, t, hq, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((b, hq, t), dtype=torch.float32)
+    _native.library().hga_pages_forward(q, *rest, out, lse, *_native.execution())
     return out, lse
