@@ -12,6 +12,7 @@ from hici_kernels import HGAConfig, HiCIConfig, Rope
 from hici_kernels.distributed import (
     ContextParallel,
     apply_context_parallel,
+    fsdp_sums_gradients,
     remove_context_parallel,
     scalar_parameters,
     shard_hga,
@@ -79,7 +80,7 @@ def language_model(mode: str, fsdp: bool, checkpointing: bool) -> tuple[float, f
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, ignored_params=scalars)
         fully_shard(model, mesh=mesh, ignored_params=scalars)
-        model.set_gradient_divide_factor(1.0)
+        fsdp_sums_gradients(model)
     exchange.split(LENGTH)
     loss = model(**exchange.inputs(ids, labels)).loss
     loss.backward()

@@ -36,10 +36,9 @@ class ContextParallel:
     not grow with segment_len. ``traffic`` counts it.
 
     Every rank computes the loss of its own tokens; the loss of the sequence is the *sum* over ranks, and so are the
-    gradients of parameters: :meth:`sum_gradients`, or with FSDP2 ``model.set_gradient_divide_factor(1.0)`` (engines
-    that average over ranks, such as DDP, need the local loss times the number of ranks). fully_shard() takes no scalar
-    parameters, and the published expand_scale_param is one: pass ``ignored_params=scalar_parameters(model)`` and sum
-    their gradients.
+    gradients of parameters: :meth:`sum_gradients`, or with FSDP2 :func:`fsdp_sums_gradients` (engines that average over
+    ranks, such as DDP, need the local loss times the number of ranks). fully_shard() takes no scalar parameters, and
+    the published expand_scale_param is one: pass ``ignored_params=scalar_parameters(model)`` and sum their gradients.
 
     Args:
         config: of the layers.
@@ -268,6 +267,17 @@ class ContextParallel:
 def scalar_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Parameters without dimensions, which FSDP2 cannot shard: every integrator's expand_scale_param."""
     return {p for p in model.parameters() if p.ndim == 0}
+
+
+def fsdp_sums_gradients(model: nn.Module) -> None:
+    """Make every fully_shard()ed module of ``model`` sum gradients over its ranks instead of averaging them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no reduction that scales
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _last(x: Tensor, length: int) -> Tensor:

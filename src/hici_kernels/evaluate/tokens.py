@@ -45,8 +45,8 @@ def prepare(
 
     Args:
         piece: characters encoded at a time, without special tokens (a token boundary per piece, the published rule for
-            Llama-3 and Qwen3). None = the whole text at once with the tokenizer's special tokens (one BOS; the published
-            rule for Llama-2).
+            Llama-3 and Qwen3). None = the whole text at once with the tokenizer's special tokens (one BOS, as published
+            for Llama-2).
 
     Raises:
         ValueError: no text, or an id that does not fit. OSError. ``out`` is replaced only when all is written.

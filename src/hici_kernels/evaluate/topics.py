@@ -74,7 +74,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
 
 
 def is_right(label: str, prediction: str) -> bool:
-    """The published rule: the label is part of the prediction, both lower-cased, the latter without []'" at its ends."""
+    """The published rule: the label is part of the prediction, lower-cased and without []'" at its ends."""
     return label.lower() in prediction.lower().strip().strip("[]'\"")
 
 
