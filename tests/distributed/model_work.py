@@ -69,7 +69,7 @@ def language_model(mode: str, fsdp: bool, checkpointing: bool) -> tuple[float, f
     model.zero_grad()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    exchange = ContextParallel(_config(mode).with_default_cut("token"))
+    exchange = ContextParallel(_config(mode))
     apply_context_parallel(model, exchange)
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh

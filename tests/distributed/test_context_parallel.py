@@ -77,10 +77,11 @@ def refusals() -> list[str]:
     from hici_kernels.distributed import apply_context_parallel
     from hici_kernels.nn import HiCIAttention
 
-    config = HiCIConfig(segment_len=4, num_local_slots=2, num_heads=2, bottleneck_dim=8, shared_compress_dim=4)
+    sizes = {"num_local_slots": 2, "num_heads": 2, "bottleneck_dim": 8, "shared_compress_dim": 4}
+    config = HiCIConfig(segment_len=4, cut="index", **sizes)
     layer = HiCIAttention(16, 2, 2, 8, config, rope=Rope.from_theta(10.0, 8))
     exchange, x = ContextParallel(config), torch.randn(1, 16, 16)
-    token = ContextParallel(HiCIConfig(**{**config.to_dict(), "cut": "token"}))
+    token = ContextParallel(HiCIConfig(**{**config.to_dict(), "cut": "token"}))  # another one, as both are explicit
     said = []
 
     def refuse(work: object) -> None:

@@ -51,7 +51,7 @@ def smaller(words: list[str]) -> list[str]:
             found[i + 1] = SMALL[word]
     for key, options in MORE.items():
         if key in " ".join(words):
-            for name, value in zip(options[::2], options[1::2], strict=False):
+            for name in options[::2]:
                 while name in found:
                     at = found.index(name)
                     del found[at : at + 2]

@@ -64,6 +64,10 @@ class ContextParallel:
         self.traffic = Traffic()
         self.plan: ShardPlan | None = None
 
+    def serves(self, config: HiCIConfig) -> bool:
+        """Whether a layer's configuration is the one given here (apply_hici fills in a ``cut`` that was left open)."""
+        return self.config.with_default_cut(config.cut or "index") == config
+
     def split(self, length: int, cu_seqlens: Tensor | None = None) -> ShardPlan:
         """Plan the next sequence: S tokens, or packed documents by their offsets int32 [docs+1]. No communication."""
         if cu_seqlens is not None and self.config.segment_len is None:
@@ -197,7 +201,7 @@ class ContextParallel:
     ) -> ShardPlan:
         """The plan, or an error that says why this call cannot be served."""
         plan = self._planned()
-        if layer.config != self.config:
+        if not self.serves(layer.config):
             raise ValueError("config of the layer must be that of ContextParallel")
         if cache is not None:
             raise ValueError("cache must be None with context parallel: pass use_cache=False, decode on one process")
@@ -212,7 +216,7 @@ class ContextParallel:
             if expected is None or pieces != tuple(dict.fromkeys(expected)):
                 raise ValueError(f"cu_seqlens must be given to split(); the pieces of rank {self.rank} are {expected}")
         if mask is not None:
-            if self.config.cut == "token":
+            if layer.config.cut == "token":
                 raise ValueError(
                     "attention_mask with cut='token' would move tokens between ranks: use cut='index', or pack the "
                     "documents (split(length, cu_seqlens))"
@@ -305,7 +309,7 @@ def apply_context_parallel(model: nn.Module, exchange: ContextParallel) -> nn.Mo
         config = _config_of(module)
         if config is None:
             continue
-        if config != exchange.config:
+        if not exchange.serves(config):
             raise ValueError("model has HiCI layers with another config than that of ContextParallel")
         if hasattr(module, _HANDLES):
             raise ValueError("model is context parallel already: call remove_context_parallel(model) first")
