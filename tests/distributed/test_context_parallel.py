@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from context_work import CASES, errors
@@ -12,20 +10,23 @@ from ranks import on_ranks
 from hici_kernels import HiCIConfig
 from hici_kernels.distributed import ContextParallel, ShardPlan, layer_traffic, ring_traffic, traffic_table
 
+RUNS = [(2, torch.float32, 1e-6), (2, torch.float64, 1e-14), (4, torch.float32, 1e-6)]
 
-@functools.lru_cache
-def found(ranks: int, dtype: torch.dtype) -> list[dict[str, dict[str, tuple[float, float]]]]:
-    return on_ranks(ranks, errors, dtype)
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]} ranks, {run[1]}")
+def run(request: pytest.FixtureRequest) -> tuple[float, list[dict[str, dict[str, tuple[float, float]]]]]:
+    """All cases on one process group, and the limit that holds for them."""
+    ranks, dtype, limit = request.param
+    return limit, on_ranks(ranks, errors, dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_equals_one_process(ranks: int, dtype: torch.dtype, limit: float, case: str) -> None:
-    for rank, result in enumerate(found(ranks, dtype)):
+def test_equals_one_process(run: tuple[float, list[dict[str, dict[str, tuple[float, float]]]]], case: str) -> None:
+    limit, found = run
+    for rank, result in enumerate(found):
         for what, (difference, own) in result[case].items():
             # where one process is itself off by rounding, as much again
-            assert difference <= max(limit, 2 * own), f"rank {rank} of {ranks}: {what} differs by {difference:.2e}"
+            assert difference <= max(limit, 2 * own), f"rank {rank}: {what} differs by {difference:.2e}"
 
 
 def test_plan_covers_the_sequence_in_whole_segments() -> None:

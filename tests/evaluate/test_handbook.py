@@ -38,7 +38,7 @@ SMALL = {
 MORE = {
     "eval passkey": ["--lengths", "256,512"],
     "eval topics": ["--max-new-tokens", "2"],
-    "bench --suite": ["--rounds", "1", "--op", "merge_attention", "--dtype", "float32"],
+    "bench --suite": ["--op", "merge_attention", "--dtype", "float32"],
     "benchmarks/quality/hici_extension.py": ["--tiny", "--threads", "1"],
     "benchmarks/distributed/context_parallel.py": ["--segment-len", "64", "--rounds", "1"],
 }

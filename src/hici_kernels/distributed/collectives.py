@@ -11,6 +11,10 @@ from torch.distributed import ProcessGroup
 
 from .traffic import Traffic, gradient_dtype
 
+# the names of later releases of torch, and those of 2.10
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class GatherSegments(torch.autograd.Function):
     """[B, n_r, ...] of every rank to [B, N, ...] on all; backward sums the gradients of all ranks, each gets its own.
@@ -25,7 +29,7 @@ class GatherSegments(torch.autograd.Function):
         block = x.new_zeros(x.shape[0], largest, *x.shape[2:])
         block[:, : counts[rank]] = x
         gathered = x.new_empty(len(counts), *block.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), block, group=group)
+        _all_gather(gathered.flatten(0, 1), block, group=group)
         traffic.add("slots forward", (len(counts) - 1) * block.numel() * block.element_size())
         return torch.cat([part[:, :n] for part, n in zip(gathered, counts, strict=True)], 1)
 
@@ -37,7 +41,7 @@ class GatherSegments(torch.autograd.Function):
         for block, part in zip(blocks, grad.split(counts, 1), strict=True):
             block[:, : part.shape[1]] = part
         mine = blocks.new_empty(shape)
-        dist.reduce_scatter_tensor(mine, blocks.flatten(0, 1), group=ctx.group)
+        _reduce_scatter(mine, blocks.flatten(0, 1), group=ctx.group)
         ctx.traffic.add("slots backward", (len(counts) - 1) * mine.numel() * mine.element_size())
         return mine[:, : counts[rank]].to(grad.dtype), None, None, None
 
@@ -105,7 +109,7 @@ def gather_flags(flags: Tensor, group: ProcessGroup, counts: list[int], traffic:
     block = torch.zeros(flags.shape[0], max(counts), dtype=torch.uint8, device=flags.device)
     block[:, : flags.shape[1]] = flags
     gathered = block.new_empty(len(counts), *block.shape)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), block, group=group)
+    _all_gather(gathered.flatten(0, 1), block, group=group)
     traffic.add("which segments have tokens", (len(counts) - 1) * block.numel())
     return torch.cat([part[:, :n] for part, n in zip(gathered, counts, strict=True)], 1) != 0
 
