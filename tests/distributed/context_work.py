@@ -51,7 +51,7 @@ CASES |= {
 
 
 def errors(dtype: torch.dtype) -> dict[str, dict[str, tuple[float, float]]]:
-    """Per case and result: largest difference to one process, and of that to float64, over max(1, largest entry)."""
+    """Per case and result: error of the ranks and of one process, against float64, over max(1, largest entry)."""
     return {name: _errors(*case, dtype) for name, case in CASES.items()}
 
 
@@ -80,10 +80,11 @@ def _errors(
     expected |= {name: p.grad for name, p in layer.named_parameters()}
     truth = copy.deepcopy(layer).double()
     truth.zero_grad(set_to_none=True)
-    wide = hidden.double().requires_grad_()
-    truth(wide, attention_mask=mask, cu_seqlens=cu).backward(upstream.double())
-    exact = {"hidden": wide.grad} | {name: p.grad for name, p in truth.named_parameters()}
-    own = {name: _difference(x, expected[name].double()) for name, x in exact.items() if x is not None}
+    wide = hidden.detach().clone().double().requires_grad_()
+    exact = {"out": truth(wide, attention_mask=mask, cu_seqlens=cu)}
+    exact["out"].backward(upstream.double())
+    exact |= {"hidden": wide.grad} | {name: p.grad for name, p in truth.named_parameters()}
+    own = {name: 0.0 if x is None else _difference(x.detach(), expected[name]) for name, x in exact.items()}
     layer.zero_grad(set_to_none=True)
 
     exchange = ContextParallel(config)
@@ -95,8 +96,8 @@ def _errors(
     counted = dict(exchange.traffic.bytes)
     exchange.sum_gradients(layer.parameters())
     found = {"out": part.detach(), "hidden": mine.grad, **{n: p.grad for n, p in layer.named_parameters()}}
-    expected |= {"out": exchange.shard(expected["out"]), "hidden": exchange.shard(expected["hidden"])}
-    differences = {name: (_difference(expected[name], x), own.get(name, 0.0)) for name, x in found.items()}
+    exact |= {name: exchange.shard(exact[name].detach()) for name in ("out", "hidden")}
+    differences = {name: (_difference(exact[name], x), own[name]) for name, x in found.items()}
     if mask is None:
         sizes = {"hidden_size": H, "num_kv_heads": HKV, "head_dim": D, "dtype": dtype, "batch": batch}
         foreseen = layer_traffic(plan, config, **sizes)

@@ -24,9 +24,9 @@ def run(request: pytest.FixtureRequest) -> tuple[float, list[dict[str, dict[str,
 def test_equals_one_process(run: tuple[float, list[dict[str, dict[str, tuple[float, float]]]]], case: str) -> None:
     limit, found = run
     for rank, result in enumerate(found):
-        for what, (difference, own) in result[case].items():
-            # where one process is itself off by rounding, as much again
-            assert difference <= max(limit, 2 * own), f"rank {rank}: {what} differs by {difference:.2e}"
+        for what, (error, own) in result[case].items():
+            # ranks have other shapes, so kernels add in another order; float64 shows that nothing else differs
+            assert error <= max(limit, 3 * own), f"rank {rank}: {what} is off by {error:.2e}, one process by {own:.2e}"
 
 
 def test_plan_covers_the_sequence_in_whole_segments() -> None:
@@ -49,7 +49,7 @@ def test_plan_covers_the_sequence_in_whole_segments() -> None:
 def test_plan_of_packed_documents() -> None:
     plan = ShardPlan(20, 4, 2, (0, 5, 5, 20))
     assert plan.columns(0) == slice(0, 9) and plan.continues(1)
-    assert plan.local_cu_seqlens(0) == (0, 5, 9) and plan.local_cu_seqlens(1) == (0, 11)
+    assert plan.local_cu_seqlens(0) == (0, 5, 5, 9) and plan.local_cu_seqlens(1) == (0, 11)
     assert plan.positions(1).tolist() == list(range(4, 15))
     with pytest.raises(ValueError, match="cu_seqlens must ascend"):
         ShardPlan(20, 4, 2, (0, 25))

@@ -34,7 +34,7 @@ class GatherSegments(torch.autograd.Function):
         return torch.cat([part[:, :n] for part, n in zip(gathered, counts, strict=True)], 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, rank = ctx.counts, dist.get_rank(ctx.group)
         shape = (grad.shape[0], max(counts), *grad.shape[2:])
         blocks = grad.new_zeros(len(counts), *shape, dtype=gradient_dtype(grad.dtype))
@@ -59,7 +59,7 @@ class FromPrevious(torch.autograd.Function):
         return shift(x, group, traffic, 1, "recurrence forward"), through.view_as(through)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, through: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, through: Tensor) -> tuple[Tensor | None, ...]:
         return shift(grad, ctx.group, ctx.traffic, -1, "recurrence backward"), through, None, None
 
 
@@ -87,7 +87,7 @@ class SumForward(torch.autograd.Function):
         return _sum(x, group, traffic, "outputs")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None
 
 
@@ -100,7 +100,7 @@ class SumBackward(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _sum(grad, ctx.group, ctx.traffic, "gradients of inputs"), None, None
 
 

@@ -130,6 +130,7 @@ def run(
     rows = []
     for task, metrics in found["results"].items():
         for name, value in metrics.items():
-            if isinstance(value, (int, float)) and "stderr" not in name:
+            # "metric,filter"; other entries describe the task
+            if isinstance(value, (int, float)) and "," in name and "stderr" not in name:
                 rows.append({**head, "task": task, "metric": name.split(",")[0], "value": float(value)})
     return {"task": group, "tasks": names, "limit": limit, "rows": rows, "versions": found.get("versions", {})}
