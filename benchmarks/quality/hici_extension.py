@@ -14,8 +14,9 @@ held-out bytes by context length, parameters added, seconds, and whether changin
 A loss through a mode that leaks is no language-model loss: such numbers are in brackets. "last byte" scores one byte
 after a window that ends before it, and is valid for every mode.
 
-About an hour on 2 cores with one seed. Every step is resumable: run the same command again after an interruption, also
-after kill -9; what is finished is read from DIR. DIR remembers the arguments and refuses others.
+Sized for about an hour on 2 cores with one seed; --base-steps and --steps scale it. Every step is resumable: run the
+same command again after an interruption, also after kill -9; what is finished is read from DIR. DIR remembers the
+arguments and refuses others.
 """
 
 from __future__ import annotations
