@@ -10,12 +10,16 @@ from typing import Annotated
 
 import typer
 
+from .evaluate import app as evaluation
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Hierarchical long-context attention: HiCI and HGA.",
 )
+
+app.add_typer(evaluation, name="eval")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 

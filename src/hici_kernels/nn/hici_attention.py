@@ -87,6 +87,8 @@ class HiCIAttention(SlotAttention, AttentionLayer):
             TypeError, ValueError: before any work, naming the argument; the cache is then unchanged.
         """
         check_forward(self, hidden, positions, attention_mask)
+        if self.exchange is not None:
+            self.exchange.check(self, hidden, attention_mask, cu_seqlens, cache)
         if cu_seqlens is not None:
             total_segments = self.check_packed(hidden, cu_seqlens, attention_mask, cache, total_segments)
             cu_seqlens = cu_seqlens.to(hidden.device)
@@ -116,6 +118,8 @@ class HiCIAttention(SlotAttention, AttentionLayer):
 
     def _default_positions(self, hidden: Tensor, cu_seqlens: Tensor | None, cache: HiCICache | None) -> Tensor:
         s = hidden.shape[1]
+        if self.exchange is not None:
+            return self.exchange.positions(hidden.device)
         at = torch.arange(s, device=hidden.device)
         if cu_seqlens is not None:
             return at - cu_seqlens[segments.document_of(cu_seqlens, s)]

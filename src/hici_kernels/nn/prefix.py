@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import LEAK_FREE_MODES, HiCIConfig
+from ..ops.global_stats.api import global_stats
 from ..segments import document_of
 from .global_integrator import GlobalIntegrator
 
@@ -47,6 +48,7 @@ def build_prefix(
     valid: Tensor | None = None,
     cu_segments: Tensor | None = None,
     slots_on: Tensor | None = None,
+    own: slice | None = None,
 ) -> Prefix:
     """The slots every segment sees (HiCI, arXiv 2603.20843), segments counted from 1:
 
@@ -59,18 +61,24 @@ def build_prefix(
         valid: bool [B, N]; False = the segment has no slots: left out of G, and "i-1" is the last valid one before i.
         cu_segments: int32 [docs+1] of packed documents; "i-1" never leaves the document.
         slots_on: bool [B, N]; False = the segment sees no slots (single_segment="off").
+        own: only these segments' prefixes are wanted (all N take part in them); axis N of the result is theirs.
     """
     n = local.shape[1]
     shifted = config.context_mode in LEAK_FREE_MODES
     global_slots = None
     if uses_global(config):
         causal = config.context_mode != "none"
-        global_slots = integrator(local, causal=causal, valid=valid, cu_segments=cu_segments)
+        if own is None or not causal:
+            global_slots = integrator(local, causal=causal, valid=valid, cu_segments=cu_segments)
+        else:
+            stats = global_stats(local, causal=True, valid=valid, cu_segments=cu_segments, impl=integrator.impl)
+            at = torch.arange(own.start, own.stop, device=local.device) - int(shifted)
+            global_slots = integrator(local, stats=stats[:, at.clamp(min=0)])
     local_slots = local if uses_local(config) else None
     mask = slots_on
     if shifted:
         previous, exists = _previous(local, valid, cu_segments)
-        if global_slots is not None:  # G_{i-1} already equals G of the last valid segment before i
+        if global_slots is not None and own is None:  # G_{i-1} already equals G of the last valid segment before i
             global_slots = torch.cat((global_slots[:, :1], global_slots[:, :-1]), 1)
         if local_slots is not None:
             local_slots = local_slots.gather(1, previous[:, :, None, None].expand_as(local_slots))
@@ -79,6 +87,11 @@ def build_prefix(
         mask = valid if mask is None else mask & valid
     if mask is not None:
         mask = mask.expand(local.shape[0], n)
+    if own is not None:
+        if global_slots is not None and config.context_mode == "none" and cu_segments is not None:
+            global_slots = global_slots[:, own]
+        local_slots = None if local_slots is None else local_slots[:, own]
+        mask = None if mask is None else mask[:, own]
     return Prefix(global_slots, local_slots, mask)
 
 

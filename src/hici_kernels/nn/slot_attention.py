@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,11 +64,43 @@ def slot_modules(
     return local_constructor, global_integrator
 
 
+class SlotExchange(Protocol):
+    """Segments of one sequence over several processes (:class:`hici_kernels.distributed.ContextParallel`)."""
+
+    def check(
+        self,
+        layer: SlotAttention,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: HiCICache | None,
+    ) -> Any:
+        """An error, before any work, where a call cannot be served."""
+
+    def positions(self, device: torch.device) -> Tensor:
+        """int64 [S]: RoPE positions of this process's tokens."""
+
+    def attend(
+        self,
+        layer: SlotAttention,
+        hidden: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: HiCICache | None,
+    ) -> Tensor:
+        """Context [B, S, Hq, D] of this process's tokens."""
+
+
 class SlotAttention:
     """What :class:`HiCIAttention` does between its projections; a host model with projections of its own uses it too.
 
     A class that derives from this one has the attributes below and, where slots are not projected by plain k_proj and
     v_proj, its own :meth:`project_slots`.
+
+    exchange: None, or who brings together the slots of a sequence that several processes share.
     """
 
     config: HiCIConfig
@@ -80,6 +112,7 @@ class SlotAttention:
     v_proj: Any
     local_constructor: LocalConstructor
     global_integrator: GlobalIntegrator
+    exchange: SlotExchange | None = None
 
     def new_cache(self, batch: int) -> HiCICache:
         """An empty cache for prefill and decode of ``batch`` rows by this layer."""
@@ -129,6 +162,8 @@ class SlotAttention:
             cu_seqlens, total_segments, cache: as of :meth:`HiCIAttention.forward`.
             output: what follows; the cache counts a call only once this has not failed either.
         """
+        if self.exchange is not None:
+            return output(self.exchange.attend(self, hidden, q, k, v, mask, cu_seqlens, cache).flatten(-2))
         if isinstance(cache, SegmentCache):
             return extend(self, cache, hidden, q, k, v, mask, output)
         if isinstance(cache, TokenCache) and not cache.empty:

@@ -1,0 +1,1 @@
+"""Evaluation of long-context models: perplexity, passkey and topic retrieval, the standard harness, leak tests."""
