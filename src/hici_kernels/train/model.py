@@ -31,13 +31,12 @@ def add_tokens(model: Any, tokenizer: Any) -> int:
     added = tokenizer.add_special_tokens({k: v for k, v in TOKENS.items() if getattr(tokenizer, k) is None})
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        means = [
-            e.weight.detach().float().mean(0) for e in (model.get_input_embeddings(), model.get_output_embeddings())
-        ]
+        ends = (model.get_input_embeddings, model.get_output_embeddings)
+        means = [end().weight.detach().float().mean(0) for end in ends]
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
-            for e, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
-                e.weight[rows:] = mean.to(e.weight)
+            for end, mean in zip(ends, means, strict=True):
+                end().weight[rows:] = mean.to(end().weight)
     return int(added)
 
 
@@ -69,9 +68,7 @@ def build(directory: str | Path, recipe: Recipe, checkpoint: Path | None = None)
         host = Host.of(model)
         present = linear_factor(host)
         if present is None:
-            raise ValueError(
-                "the model's RoPE is scaled in another way than linearly, which the recipe cannot continue"
-            )
+            raise ValueError("the model's RoPE is scaled otherwise than linearly, which the recipe does not know")
         factor = rope_factor(model.config.model_type, model.config.max_position_embeddings, present, recipe)
         if factor != present:
             if present != 1.0:
@@ -81,6 +78,8 @@ def build(directory: str | Path, recipe: Recipe, checkpoint: Path | None = None)
         if recipe.lora_r:
             model = _with_lora(model, recipe)
     _choose(model, recipe)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 

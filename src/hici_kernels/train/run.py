@@ -100,8 +100,6 @@ def run(
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=recipe.warmup_steps,
         bf16=precision == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.keep_checkpoints,

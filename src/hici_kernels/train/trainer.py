@@ -49,8 +49,10 @@ class _Watch(TrainerCallback):
 class HiCITrainer(Trainer):
     """The loops, launching, logging and resuming are transformers'; see :class:`Recipe` for what is added."""
 
+    optimizer: Any
+
     def __init__(self, model: nn.Module, recipe: Recipe, args: Any, **kwargs: Any) -> None:
-        super().__init__(model=model, args=args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(model=model, args=args, **kwargs)
         self.recipe = recipe
         stage = 0
         if self.is_deepspeed_enabled:
@@ -110,11 +112,7 @@ class HiCITrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         directory = Path(resume_from_checkpoint)
-        stems = (
-            ("trainable_params", "adapter_model")
-            if self._published_holds_all
-            else ("trainable_params", "adapter_model", "model")
-        )
+        stems = ["trainable_params", "adapter_model", *([] if self._published_holds_all else ["model"])]
         held: dict[str, torch.Tensor] = {}
         for stem in stems:
             if (directory / f"{stem}.safetensors").is_file():
@@ -124,10 +122,10 @@ class HiCITrainer(Trainer):
         with torch.no_grad():
             for name, p in target.named_parameters():
                 if p.requires_grad:
-                    x = held.get(_plain(name))
-                    if x is None or x.shape != p.shape:
+                    found = held.get(_plain(name))
+                    if found is None or found.shape != p.shape:
                         raise ValueError(f"{directory} does not hold {name} of shape {tuple(p.shape)}")
-                    p.copy_(x)
+                    p.copy_(found)
 
 
 def _plain(name: str) -> str:
