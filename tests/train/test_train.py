@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -359,3 +360,52 @@ def test_a_step_past_the_clip_is_an_error(model_directory, texts, tmp_path):
     trainer.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(RuntimeError, match="passed HiCI's parameters 0 times"):
         trainer.train()
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from hici_kernels.train import Recipe, run
+model, data, out, engine, recipe = sys.argv[1:]
+run(model, [data], out, Recipe.from_dict(json.loads(recipe)), engine=engine)
+"""
+
+
+def several(engine, model_directory, texts, out, recipe, processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = out.parent / f"{out.name}.py"
+    script.write_text(WORKER, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port),
+         str(script), str(model_directory), str(texts), str(out), engine, json.dumps(recipe)],
+        text=True, capture_output=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero2", "zero3"])
+def test_two_processes_equal_one(engine, model_directory, texts, tmp_path):
+    """Same rows a step: the same losses, rates, norms and weights; interrupted after two steps and resumed besides."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    recipe = {**SMALL, "max_steps": 4, "mixed_segments": [8, 16]}
+    run(model_directory, [texts], tmp_path / "one", Recipe.from_dict({**recipe, "accumulation": 2}))
+    shared = {**recipe, "accumulation": 1}
+    several(engine, model_directory, texts, tmp_path / "two", {**shared, "max_steps": 2})
+    several(engine, model_directory, texts, tmp_path / "two", shared)
+    found, expected = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert [entry["step"] for entry in found] == [1, 2, 3, 4]
+    for a, b in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate", "hici_lr", "hici_grad_norm", "hici_grad_norm_clipped"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+    base = hf.AutoModelForCausalLM.from_pretrained(model_directory)
+    other = hf.AutoModelForCausalLM.from_pretrained(model_directory)
+    with torch.no_grad():
+        one, two = (load_hici(m, tmp_path / n / "hici") for m, n in ((base, "one"), (other, "two")))
+        assert worst(one(prompt(), use_cache=False).logits, two(prompt(), use_cache=False).logits) < 1e-3
