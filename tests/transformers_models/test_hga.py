@@ -251,13 +251,15 @@ def test_a_copy_is_independent():
     assert torch.equal(model(ids).logits, routed)
 
 
-def test_a_copied_cache_is_independent():
+def test_a_copied_cache_is_independent(tier):
     """copy.deepcopy(cache), as prompts shared by several answers use it: both go on from the same history."""
-    model, ids, more = apply_hga(tiny(), FEW), prompt(), prompt(2, 5, 4)
+    name, options = tier
+    model, ids, more = apply_hga(tiny(), FEW, store=name, **options), prompt(), prompt(2, 5, 4)
     with torch.no_grad():
         cache = HGACache(model)
         model(ids, past_key_values=cache)
         other = copy.deepcopy(cache)
+        assert other.store.tier == name
         first = model(more, past_key_values=cache).logits
         assert other.get_seq_length() == 40 and cache.get_seq_length() == 45
         assert torch.equal(model(more, past_key_values=other).logits, first)

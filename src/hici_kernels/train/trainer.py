@@ -66,6 +66,9 @@ class HiCITrainer(Trainer):
             stage = int(plugin.zero_stage)
             if stage == 0:
                 raise ValueError("DeepSpeed without ZeRO is not supported: use ZeRO-2, ZeRO-3, FSDP2 or none")
+            for p in self.model.parameters():
+                if p.ndim == 0:  # DeepSpeed broadcasts parameters as bytes, which a scalar cannot be viewed as
+                    p.data = p.data.reshape(1)
             if stage == 3:
                 _gather_slots_whole(self.model)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
