@@ -38,7 +38,7 @@ matrix: $(STAMP)
 		echo "transformers $$version" && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade \
 			--target build/transformers-$$version transformers==$$version && \
-		PYTHONPATH=build/transformers-$$version $(PYTEST) tests/transformers_models || exit 1; \
+		PYTHONPATH=build/transformers-$$version $(PYTEST) tests/transformers_models tests/train || exit 1; \
 	done
 
 lint: $(STAMP)

@@ -1,6 +1,6 @@
 """What the integration itself costs per attention layer: hooks, masks, cache layers, the attention function.
 
-    python benchmarks/transformers/overhead.py [--json result.json]
+    python benchmarks/transformers/overhead.py [--json result.json]        exit status 1 where a layer costs over 50 us
 
 A decode step (one token, one row) of one attention module of a small Llama, without any attention: the method's own
 work is replaced by a function that returns zeros. Beside it, the same module with an attention function and a cache
@@ -123,6 +123,9 @@ def main() -> None:
         print(f"{row['method']:18} {1e6 * row['overhead_s']:6.1f} us   {sides}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    late = [row["method"] for row in result["rows"] if not row["within_limit"]]
+    if late:
+        raise SystemExit(f"over the limit of {1e6 * LIMIT_S:.0f} us a layer: {', '.join(late)}")
 
 
 if __name__ == "__main__":

@@ -95,16 +95,18 @@ def test_a_template_that_rewrites_the_past(directory):
     assert second.reused_tokens == 1 and tokenizer.decode(out[0, ids.shape[1] :]) == second.text
 
 
-def test_chat_command(directory, tmp_path):
+@pytest.mark.parametrize("store", ["device", "host", "disk"])
+def test_chat_command(store, directory, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     done = run("chat", "--model", directory, "--method", "hga", "--prompt", "w3 w4", "--prompt", "w5", "--file",
-               tmp_path / "text.txt", "--max-new-tokens", 5, "--json", tmp_path / "out.json",
+               tmp_path / "text.txt", "--max-new-tokens", 5, "--json", tmp_path / "out.json", "--store", store,
+               *(("--store-set", f"path={tmp_path}") if store == "disk" else ()),
                *(x for k, v in FEW.items() for x in ("--set", f"{k}={v}")))  # fmt: skip
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [t["new_tokens"] for t in written["turns"]] == [5, 5]
-    assert written["turns"][0]["prompt_tokens"] > 50 and written["turns"][0]["memory"]["device"] > 0
-    assert "tokens/s" in done.output and "device" in done.output
+    assert written["turns"][0]["prompt_tokens"] > 50 and written["turns"][0]["memory"][store] > 0
+    assert "tokens/s" in done.output and f"history in {store}" in done.output
     model, tokenizer = open_model(directory, "none")
     apply_hga(model, HGAConfig(**FEW))
     answer = Conversation(model, tokenizer).say(f"{TEXT}\n\nw3 w4", max_new_tokens=5).text

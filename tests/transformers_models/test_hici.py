@@ -262,7 +262,7 @@ def test_packed_documents():
         ratio(packed, position_ids=at, cu_seq_lens_q=cu, use_cache=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", KINDS)
 def test_training(family):
     """Gradient checkpointing of either kind, and a cache made by default, change no gradient; all slots get one."""
     model, ids = hici(family, **SEGMENT).train(), prompt()
@@ -305,7 +305,7 @@ def test_compile():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_lora_on_the_slots_too(family):
     """Suffix matching puts adapters on the host's and on the slots' projections, as in the released checkpoints."""
     peft = pytest.importorskip("peft")

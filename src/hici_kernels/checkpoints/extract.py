@@ -24,7 +24,8 @@ def extract(
     The run is a directory with ZeRO shards (stages 1 to 3; ``latest`` or ``global_step*`` inside, or the step itself),
     a sharded torch.distributed checkpoint (FSDP), or plain weights (model or adapter files, sharded or not). Names with
     "lora" go to the adapter, without the adapter's name; embeddings, norms and slot modules to the other file, under
-    the base model's names. An ``adapter_config.json``, ``config.json`` or ``hici_config.json`` of the run is copied.
+    the base model's names, scalars as scalars (DeepSpeed runs hold them as [1]). An ``adapter_config.json`` or
+    ``hici_config.json`` of the run is copied.
 
     Args:
         dtype: of the written LoRA matrices; default as stored (float32 from ZeRO). Others are written as stored.
@@ -50,7 +51,7 @@ def extract(
             module, part = names.lora_parts(name)
             adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x if dtype is None else x.to(dtype)
         elif names.is_trainable(name):
-            trainable[name] = x
+            trainable[name] = x.reshape(()) if name.endswith(".expand_scale_param") else x
     if not any(names.slot_parts(name) for name in trainable):
         raise ValueError(f"{run} holds {len(tensors)} tensors, but none of local_constructor or global_integrator")
     counts = {"trainable_params": len(trainable)}

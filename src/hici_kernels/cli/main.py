@@ -200,5 +200,59 @@ def chat(
         )
 
 
+DataOption = Annotated[list[Path], typer.Option("--data", help="A file of documents; may be repeated.")]
+ModelOption = Annotated[Path, typer.Option("--model", help="Directory of the base model and its tokenizer.")]
+RunOption = Annotated[Path, typer.Option("--out", help="Folder of the run: checkpoints, metrics, the result.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="plain, fsdp2, zero2 or zero3.")]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="JSON file with fields of the recipe.")]
+RecipeSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of the recipe, name=value; may be repeated.", metavar="NAME=VALUE"),
+]
+StartOption = Annotated[Path | None, typer.Option("--adapter", help="HiCI checkpoint to go on from.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint in --out.")]
+ReportOption = Annotated[str, typer.Option("--report-to", help="none, tensorboard or another reporter.")]
+
+
+@app.command()
+def train(
+    model: ModelOption,
+    data: DataOption,
+    out: RunOption,
+    engine: EngineOption = "plain",
+    recipe: RecipeOption = None,
+    settings: RecipeSetOption = None,
+    adapter: StartOption = None,
+    resume: ResumeOption = True,
+    report_to: ReportOption = "none",
+    json: JsonOption = None,
+) -> None:
+    """Continued pre-training with HiCI. Several processes: torchrun or accelerate launch -m hici_kernels train ..."""
+    with user_errors():
+        from .train import run
+
+        run("text", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json)
+
+
+@app.command()
+def sft(
+    model: ModelOption,
+    data: DataOption,
+    out: RunOption,
+    engine: EngineOption = "plain",
+    recipe: RecipeOption = None,
+    settings: RecipeSetOption = None,
+    adapter: StartOption = None,
+    resume: ResumeOption = True,
+    report_to: ReportOption = "none",
+    json: JsonOption = None,
+) -> None:
+    """Instruction tuning with HiCI: the loss is on answers only. Launched like train."""
+    with user_errors():
+        from .train import run
+
+        run("answers", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json)
+
+
 if __name__ == "__main__":
     sys.exit(app())

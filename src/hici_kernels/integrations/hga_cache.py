@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +76,21 @@ class HGAHistory:
         if index == 0:
             self.columns.append(q.shape[0], q.shape[1], self._mask)
         return out
+
+    def __deepcopy__(self, memo: Any) -> HGAHistory:
+        """A history of its own with the same content, in the same tier, by way of a file."""
+        made = HGAHistory(self.settings)
+        memo[id(self)] = made
+        made.columns, made._mask = copy.deepcopy(self.columns, memo), copy.deepcopy(self._mask, memo)
+        if self.store is not None:
+            options = dict(self.settings.options)
+            if "path" in options:
+                options["directory"] = options.pop("path")
+            with tempfile.TemporaryDirectory(dir=options.get("directory")) as folder:
+                file = Path(folder) / "history"
+                self.store.save(file)
+                made.store = KVStore.load(file, device=self.store.device, tier=self.settings.tier, **options)
+        return made
 
     def reset(self) -> None:
         if self.store is not None:

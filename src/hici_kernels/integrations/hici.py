@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
     continued by more than one token need decode="segment" to mean the same as the whole text at once. Assisted and
     prompt-lookup decoding are refused: candidates would be read as part of the prompt, or close a segment. A training
     step (model.train(), gradients enabled) fills no cache. Packed documents: cu_seq_lens_q, or position_ids that
-    restart (batch 1, no cache).
+    restart (batch 1, no cache). model(..., hici_segment_len=n) cuts one call without a cache into other segments.
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or any other decoder of transformers with k_proj and v_proj
@@ -165,9 +166,14 @@ def hici_forward(
     hici: HiCICall | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    hici_segment_len: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: query [B, Hq, T, D], key and value [B, Hkv, T, D], rotated; out [B, T, Hq, D]."""
+    """The attention function: query [B, Hq, T, D], key and value [B, Hkv, T, D], rotated; out [B, T, Hq, D].
+
+    hici_segment_len: for this call of the model instead of config.segment_len; not with a cache. An argument, so that
+    every layer and every recomputation under gradient checkpointing cuts alike.
+    """
     if hici is None:
         raise ValueError("attention implementation 'hici' needs apply_hici(model, config)")
     if dropout:
@@ -177,9 +183,13 @@ def hici_forward(
     if scaling is not None and scaling != usual:
         q = q * (scaling / usual)
     slots, hidden, layer = hici
+    if hici_segment_len is not None:
+        if layer is not None and not layer.skippable(module.training):
+            raise ValueError("hici_segment_len is for training: a cache was made for the segment_len of the model")
+        slots.config = replace(slots.config, segment_len=hici_segment_len)
     if layer is not None:
         layer.check_filled()
-        if not (module.training and torch.is_grad_enabled() and layer.get_seq_length() == 0):
+        if not layer.skippable(module.training):
             mask = new_tokens(attention_mask, q.shape[1], "HiCI")
             return layer.attend(slots, hidden, q, k, v, mask).unflatten(-1, q.shape[2:]), None
         layer.skipped = True

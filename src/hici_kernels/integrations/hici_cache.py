@@ -52,6 +52,10 @@ class HiCILayer(CacheLayerMixin):
         self.columns.append(q.shape[0], q.shape[1], mask)
         return out
 
+    def skippable(self, training: bool) -> bool:
+        """Whether this call is a training step, which needs no cache."""
+        return training and torch.is_grad_enabled() and self.get_seq_length() == 0
+
     def check_filled(self) -> None:
         if self.skipped:
             raise ValueError(

@@ -1,0 +1,103 @@
+"""A model made ready: tokens, RoPE factor, slots, LoRA, and which parameters are trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.names import SLOT_MODULES
+from ..integrations import apply_hici, apply_rope_scaling, load_hici
+from ..integrations.host import Host
+from ..integrations.rope_scaling import linear_factor
+from .recipe import CEIL_TYPES, Recipe
+
+TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+
+
+def rope_factor(model_type: str, window: int, present: float, recipe: Recipe) -> float:
+    """The factor to train with: stated, or context over the window the model has, rounded up where published so."""
+    if recipe.rope_factor is not None:
+        return float(recipe.rope_factor)
+    factor = max(1.0, recipe.context / (window * present))
+    return present * (math.ceil(factor) if model_type in CEIL_TYPES else factor)
+
+
+def add_tokens(model: Any, tokenizer: Any) -> int:
+    """Give the tokenizer the special tokens it lacks and the embeddings a row for each; how many were new."""
+    added = tokenizer.add_special_tokens({k: v for k, v in TOKENS.items() if getattr(tokenizer, k) is None})
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        ends = (model.get_input_embeddings, model.get_output_embeddings)
+        means = [end().weight.detach().float().mean(0) for end in ends]
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for end, mean in zip(ends, means, strict=True):
+                end().weight[rows:] = mean.to(end().weight)
+    return int(added)
+
+
+def build(directory: str | Path, recipe: Recipe, checkpoint: Path | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer, ready for the trainer.
+
+    Args:
+        directory: of the base model. checkpoint: a HiCI checkpoint to go on from; its slots, RoPE factor and LoRA are
+            kept, the recipe's ``hici`` may override what is not in its tensors' shapes.
+
+    Raises:
+        ValueError: the recipe does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = checkpoint if checkpoint is not None and (checkpoint / "tokenizer_config.json").is_file() else directory
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, recipe.dtype))
+    torch.manual_seed(recipe.seed)
+    if checkpoint is not None:
+        loaded: Any = load_hici(model, checkpoint, **recipe.hici)
+        if hasattr(loaded, "get_base_model"):
+            adapters = loaded.peft_config
+            model = loaded.get_base_model()
+            model.peft_config = adapters
+    else:
+        if recipe.special_tokens:
+            add_tokens(model, tokenizer)
+        host = Host.of(model)
+        present = linear_factor(host)
+        if present is None:
+            raise ValueError("the model's RoPE is scaled otherwise than linearly, which the recipe does not know")
+        factor = rope_factor(model.config.model_type, model.config.max_position_embeddings, present, recipe)
+        if factor != present:
+            if present != 1.0:
+                raise ValueError(f"the model's RoPE factor is {present}, the recipe asks for {factor}")
+            apply_rope_scaling(model, "linear", factor)
+        apply_hici(model, recipe.config())
+        if recipe.lora_r:
+            model = _with_lora(model, recipe)
+    _choose(model, recipe)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+def _with_lora(model: Any, recipe: Recipe) -> Any:
+    """LoRA inside the model rather than a model around it: what is trained besides LoRA is then saved as any weight."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, bias="none",
+                      target_modules=list(recipe.lora_targets), task_type="CAUSAL_LM")  # fmt: skip
+    model = inject_adapter_in_model(lora, model)
+    model.peft_config = {"default": lora}
+    return model
+
+
+def _choose(model: nn.Module, recipe: Recipe) -> None:
+    everything = not any("lora_" in n for n, _ in model.named_parameters())
+    for name, p in model.named_parameters():
+        named = any(part in name for part in (*recipe.trainable, *SLOT_MODULES))
+        p.requires_grad_(everything or "lora_" in name or named)
+        if p.requires_grad and p.dtype != torch.float32:
+            p.data = p.data.float()

@@ -1,0 +1,147 @@
+"""One training run from a model directory to a HiCI checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import extract, files
+from ..integrations import versions
+from .recipe import Recipe, engine_file
+
+RESULT = "hici"
+
+
+def last_complete(out: Path, processes: int) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a killed run left half written is passed over."""
+    found = []
+    for path in out.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        ranks = 1 if (path / "rng_state.pth").is_file() else len(list(path.glob("rng_state_*.pth")))
+        if number is not None and state.get("global_step") == int(number[1]) and ranks == processes:
+            found.append((int(number[1]), path))
+    return max(found)[1] if found else None
+
+
+def run(
+    model: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    kind: str = "text",
+    engine: str = "plain",
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
+    report_to: str = "none",
+) -> dict[str, Any]:
+    """Train and write ``out/hici``, a checkpoint in the published layout for :func:`load_hici`.
+
+    Run by one process, or by every process that torchrun or accelerate launch starts. ``out`` also gets the packed
+    tokens (data/), recipe.json, metrics.jsonl (a line per step: loss, both learning rates, norms before and after
+    HiCI's clip) and the newest checkpoints, from which a later call with ``resume`` goes on: same order of rows, same
+    curve.
+
+    Args:
+        model: directory of the base model. data: files, see :func:`data.documents`. kind: "text" or "answers".
+        engine: "plain" (also data parallel), "fsdp2", "zero2", "zero3" (both need deepspeed).
+        checkpoint: a HiCI checkpoint to start from instead of new slots.
+        report_to: "tensorboard" (out/runs), or another reporter of transformers.
+
+    Returns:
+        {"step", "loss" (of the last logged step), "result" (directory), "metrics" (file)}.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: before any training. RuntimeError: the clip did not act.
+    """
+    versions.check()
+    config_file = engine_file(engine)
+    model, out = Path(model), Path(out)
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} is not a model directory: it has no config.json")
+    paths = [Path(p) for p in data]
+    if not paths:
+        raise ValueError("data must name at least one file")
+    cpu = not torch.cuda.is_available()
+    if engine == "fsdp2" and recipe.dtype != "float32":
+        raise ValueError("engine fsdp2 needs dtype float32: all parameters of a layer are sharded as one type")
+
+    from transformers import TrainingArguments
+
+    from .data import PackedRows, collate, prepare
+    from .model import build
+    from .trainer import METRICS, HiCITrainer
+
+    precision = recipe.precision or ("float32" if cpu else "bfloat16")
+    options: dict[str, Any] = {}
+    if engine == "fsdp2":
+        options = {"fsdp": True, "fsdp_config": str(config_file)}
+    elif config_file is not None:
+        options = {"deepspeed": str(config_file)}
+    # built before the engine's settings are known to transformers, which would shard weights that slots start from
+    trained, tokenizer = build(model, recipe, None if checkpoint is None else Path(checkpoint))
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm or 0.0,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.warmup_steps,
+        bf16=precision == "bfloat16",
+        logging_steps=1,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.keep_checkpoints,
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        report_to=[] if report_to == "none" else [report_to],
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        ddp_find_unused_parameters=False,
+        **options,
+    )
+    with args.main_process_first(local=False):
+        rows = PackedRows(prepare(paths, kind, tokenizer, recipe, out / "data"), recipe)
+    trainer = HiCITrainer(trained, recipe, args, train_dataset=rows, data_collator=collate, processing_class=tokenizer)
+    slots, factor, lora = _about(trained)
+    if args.should_save:
+        files.write_text(out / "recipe.json", json.dumps({"kind": kind, **recipe.to_dict()}, indent=2) + "\n")
+    start = last_complete(out, args.world_size) if resume else None
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    trainer.accelerator.wait_for_everyone()
+    result = out / RESULT
+    if args.should_save:
+        last = out / f"checkpoint-{trainer.state.global_step}"
+        extract(last, result)
+        files.write_text(
+            result / "hici_config.json", json.dumps({"hici": slots, "rope_factor": factor}, indent=2) + "\n"
+        )
+        if lora is not None:
+            lora.save_pretrained(str(result))
+        tokenizer.save_pretrained(result)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "step": trainer.state.global_step,
+        "loss": losses[-1] if losses else None,
+        "result": str(result),
+        "metrics": str(out / METRICS),
+    }
+
+
+def _about(model: Any) -> tuple[dict[str, Any], float | None, Any]:
+    from ..integrations.host import Host
+    from ..integrations.rope_scaling import linear_factor
+
+    adapters = getattr(model, "peft_config", {})
+    return dict(model.config.hici), linear_factor(Host.of(model)), next(iter(adapters.values()), None)
