@@ -189,7 +189,8 @@ def test_speedups_are_over_the_named_side() -> None:
     assert set(row["sides"]) == {"reference", attention_cases.EXPANDED}  # the other one is timed forward only
     ours, best = (row["sides"][n] for n in ("reference", attention_cases.EXPANDED))
     assert ours["speedup"] == pytest.approx(best["median_s"] / ours["median_s"]) and best["speedup"] == 1.0
-    assert ours["rounds"] == best["rounds"] == 7 and row["against"] == attention_cases.EXPANDED
+    # 21 where the first call took less than 10 ms
+    assert ours["rounds"] == best["rounds"] in (7, 21) and row["against"] == attention_cases.EXPANDED
 
 
 def test_a_baseline_gets_its_gradients_too() -> None:
