@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <thread>
@@ -30,7 +31,7 @@ using io::PageFile;
 class Directory {
  public:
   Directory() {
-    std::string name = std::string(std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "/tmp") + "/hici-driver-XXXXXX";
+    std::string name = std::filesystem::temp_directory_path() / "hici-driver-XXXXXX";
     if (!mkdtemp(name.data())) fail("io: no directory %s", name.c_str());
     path_ = name;
   }

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """
 import sys, types
 if {version!r} is None:
-    sys.modules["transformers"] = None
+    sys.modules["transformers"] = sys.modules["tqdm"] = None  # which comes with it
 else:
     stand_in = types.ModuleType("transformers")
     stand_in.__version__ = {version!r}
@@ -35,7 +35,12 @@ def message(version: str | None, what: str = "hici_kernels.apply_hga") -> str:
 
 
 def test_without_transformers() -> None:
-    for what in ("hici_kernels.apply_hga", "import hici_kernels.integrations", "from hici import load_hici"):
+    for what in (
+        "hici_kernels.apply_hga",
+        "import hici_kernels.integrations",
+        "from hici import load_hici",
+        "from hici_kernels.evaluate import models, passkey, perplexity, topics; models.open_model('demo')",
+    ):
         found = message(None, what)
         assert "needs transformers >=5.14,<5.24" in found and "pip install 'hici-kernels[transformers]'" in found
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .. import _checks
 from .generation import continue_greedily
 from .models import Evaluated
+from .report import progress
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
@@ -54,7 +54,7 @@ def run(
     plan = [(n, d) for n in lengths for d in depths]
     for length in lengths:
         heads.append(evaluated.describe(length, seed))
-    for length, depth in tqdm(plan, desc="passkey", disable=None):
+    for length, depth in progress(plan, "passkey"):
         hits, asked = 0, []
         for trial in range(trials):
             key = int(np.random.default_rng([seed, length, round(depth * 1000), trial]).integers(1, LARGEST_KEY))

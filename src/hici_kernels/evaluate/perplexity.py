@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .. import _checks
 from .models import Evaluated
+from .report import progress
 
 PROTOCOLS = ("sliding", "last")
 
@@ -30,7 +30,7 @@ def sliding(
     """
     starts = _spread(list(range(0, len(ids) - length, stride)), windows, ids, length)
     total, count, per = 0.0, 0, []
-    for start in tqdm(starts, desc=f"ppl {length}", disable=None):
+    for start in progress(starts, f"ppl {length}"):
         window = torch.from_numpy(ids[start : start + length].astype(np.int64))[None]
         loss = F.cross_entropy(evaluated.logits(window)[0, :-1], window[0, 1:].to(evaluated.device), reduction="none")
         total += float(loss.double().sum())
@@ -52,7 +52,7 @@ def last_token(evaluated: Evaluated, ids: np.ndarray, length: int, *, windows: i
         raise ValueError(f"data must hold more than {length} tokens, got {len(ids)}")
     starts = np.random.default_rng(seed).permutation(room)[:windows]
     losses = []
-    for start in tqdm(sorted(int(s) for s in starts), desc=f"last {length}", disable=None):
+    for start in progress(sorted(int(s) for s in starts), f"last {length}"):
         window = torch.from_numpy(ids[start : start + length].astype(np.int64))[None]
         target = torch.tensor([int(ids[start + length])], device=evaluated.device)
         losses.append(float(F.cross_entropy(evaluated.logits(window, keep=1)[0, -1:], target)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +16,17 @@ _COLUMNS = {
     "topics": ("topics", "cases", "accuracy"),
     "passkey": (),
 }
+
+
+T = TypeVar("T")
+
+
+def progress(items: Sequence[T], text: str) -> Iterable[T]:
+    """``items``, with a bar on stderr while they last."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, text, console=Console(stderr=True), transient=True)
 
 
 def require_charts() -> None:

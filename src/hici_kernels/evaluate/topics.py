@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .. import _checks
 from .generation import continue_greedily
 from .models import Evaluated
+from .report import progress
 
 QUESTION = "\n ASSISTANT: The first topic we discussed was"
 STOPS = ("\n USER:", "\nUSER:", " USER:", "\n")
@@ -111,7 +111,7 @@ def run(
     rows, answers = [], []
     for count, some in groups.items():
         right, longest = 0, 0
-        for case in tqdm(some, desc=f"{count} topics", disable=None):
+        for case in progress(some, f"{count} topics"):
             ids = list(tokenizer.encode(case["prompt"] + QUESTION, add_special_tokens=False))
             longest = max(longest, len(ids))
             text = tokenizer.decode(continue_greedily(evaluated, ids, new_tokens), skip_special_tokens=True)
