@@ -173,7 +173,11 @@ Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
   }
   Request& r = found->second;
   const double began = now();
-  while (r.left > 0) progress(lock);
+  while (r.left > 0) {
+    progress(lock);
+    // close() is about to end what will not begin any more, and needs the lock for it
+    if (r.left > 0 && turns_->stop && flying_ == 0 && waiting_.empty()) turns_->changed.wait(lock);
+  }
   if (!r.write) counters_.stall_s += now() - began;
   if (checksums)
     for (const Page& p : r.pages) checksums->push_back(p.checksum);
@@ -182,18 +186,14 @@ Outcome PageFile::wait(int64_t request, std::vector<uint64_t>* checksums) {
   return outcome;
 }
 
-// One turn of waiting for the queue, or for whoever has the turn.
+// One turn of waiting for the queue, or for whoever has the turn; none where nothing is in flight.
 void PageFile::progress(std::unique_lock<std::mutex>& lock) {
   pump();
   if (turns_->taken) {
     turns_->changed.wait(lock);
     return;
   }
-  if (flying_ == 0) {
-    // close() is about to end what will not begin any more, and needs the lock for it
-    if (turns_->stop && waiting_.empty()) turns_->changed.wait(lock);
-    return;
-  }
+  if (flying_ == 0) return;  // pump() has just brought in the last: whoever called looks again
   turns_->taken = true;
   lock.unlock();
   queue_->idle();

@@ -136,6 +136,23 @@ def test_pages_come_back(tmp_path, backend: str, direct: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ahead", [True, False])
+def test_closing_with_reads_on_their_way_ends(tmp_path, backend: str, ahead: bool) -> None:
+    """At every moment: before the first has ended, in the middle, after the last that nobody has looked at."""
+    for i in range(80):
+        file, bank, data = filled(tmp_path, backend=backend)
+        request = file.begin(torch.arange(8), torch.arange(8), ahead=ahead)
+        time.sleep(i % 8 * 2e-5)
+        file.close()
+        try:
+            file.end(request, torch.arange(8))
+        except ValueError as error:
+            assert "closed" in str(error)
+        else:
+            assert torch.equal(bank[:, :924], data[:, :924])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_short_transfers_are_completed(tmp_path, backend: str) -> None:
     file, bank, records = open_file(tmp_path, backend=backend)
     records.take(3, torch.arange(4), torch.arange(4))

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "hici_kernels"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # a whole build, beside other tests
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree"),
 ]
 

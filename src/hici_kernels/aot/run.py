@@ -169,20 +169,18 @@ def title(record: dict[str, Any]) -> str:
 
 
 def show(console: Console, records: list[dict[str, Any]], compiled: int) -> None:
-    """One line per compilation."""
-    table = Table("kernel", "variant", "arch", "dtype", "D", "configuration", "regs", "shared", "spill", "verdict")
+    """The worst of every kernel and chip, and one line for every compilation that is not simply good."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in records:
-        table.add_row(
-            r["kernel"],
-            r["variant"],
-            r["arch"],
-            r["dtype"],
-            str(r["head_dim"]),
-            " ".join(str(v) for k, v in r["configuration"].items() if k != "enable_fp_fusion"),
-            *(str(r.get(k, "-")) for k in ("registers", "shared_bytes", "spill_bytes")),
-            r["verdict"][:60],
-        )
+        groups.setdefault((r["kernel"], r["arch"]), []).append(r)
+    table = Table("kernel", "arch", "compiled", "registers", "shared bytes", "spilled bytes", title="at most")
+    for (kernel, arch), rows in groups.items():
+        worst = (max((r[k] for r in rows if k in r), default="-") for k in ("registers", "shared_bytes", "spill_bytes"))
+        table.add_row(kernel, arch, str(len(rows)), *map(str, worst))
     console.print(table, markup=False)
+    for r in records:
+        if r["verdict"] == "listed exception":
+            console.print(f"listed exception: {title(r)}: {r['spill_bytes']} bytes spilled", markup=False)
     console.print(f"{len(records)} kernels, {compiled} compiled now, {len(records) - compiled} taken from the report")
 
 
