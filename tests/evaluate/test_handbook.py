@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -34,8 +35,12 @@ SMALL = {
     "--hidden": "64",
     "--depths": "0,1",
 }
+SLOTS = {"num_heads": 2, "bottleneck_dim": 8, "shared_compress_dim": 4, "num_local_slots": 3}
+RECIPE = ["--set", "context=64", "--set", "max_steps=1", "--set", "accumulation=1"]
 #: options that are added
 MORE = {
+    "hici train": [*RECIPE, "--set", f"hici={json.dumps(SLOTS)}"],
+    "hici sft": RECIPE,
     "eval passkey": ["--lengths", "256,512"],
     "eval topics": ["--max-new-tokens", "2"],
     "bench --suite": ["--op", "merge_attention", "--dtype", "float32"],
@@ -68,11 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> P
 
     where = tmp_path_factory.mktemp("handbook")
     (where / "book.txt").write_text("The pass key is hidden in the first topic we discussed.\n" * 80)
+    (where / "text.jsonl").write_text("".join(json.dumps({"text": f"w{i} the pass key " * 9}) + "\n" for i in range(9)))
+    answers = [{"instruction": f"key {i}", "output": f"the key is {i}"} for i in range(9)]
+    (where / "answers.json").write_text(json.dumps(answers))
     (where / "MODEL").symlink_to(model_directory)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_directory)
-    sizes = {"num_heads": 2, "bottleneck_dim": 8, "shared_compress_dim": 4, "num_local_slots": 3}
-    apply_hici(model, HiCIConfig(segment_len=32, **sizes))
+    apply_hici(model, HiCIConfig(segment_len=32, **SLOTS))
     save_hici(model, where / "CHECKPOINT")
     return where
 
@@ -88,10 +95,16 @@ def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         options = {w for w in words if w.startswith("--")}
         assert all(option in result.output for option in options), result.output
         return
-    if "--data" in words and not (folder / "book.bin").is_file():
+    if words[1] in ("train", "sft"):
+        pytest.importorskip("accelerate")
+        pytest.importorskip("peft")
+        if words[1] == "sft" and not (folder / "RUN").is_dir():
+            before = next(c for c in COMMANDS if c.startswith("hici train"))
+            assert CliRunner().invoke(app, smaller(shlex.split(before))[1:]).exit_code == 0
+    if "eval" in words and "--data" in words and not (folder / "book.bin").is_file():
         prepare = next(c for c in COMMANDS if c.startswith("hici eval prepare"))
         assert CliRunner().invoke(app, shlex.split(prepare)[1:]).exit_code == 0
-    if "--data" in words and "--model" not in words:
+    if "eval" in words and "--data" in words and "--model" not in words:
         done = CliRunner().invoke(app, ["eval", "prepare", "book.txt", "--out", "bytes.bin"])
         assert done.exit_code == 0
         words[words.index("--data") + 1] = "bytes.bin"
@@ -121,5 +134,16 @@ def run_program(words: list[str], folder: Path) -> None:
 
 def test_the_handbook_has_commands_for_everything_it_promises() -> None:
     text = " ".join(COMMANDS)
-    for part in ("prepare", "ppl", "passkey", "topics", "ruler", "longbench", "hici_extension", "context_parallel"):
+    for part in (
+        "train",
+        "sft",
+        "prepare",
+        "ppl",
+        "passkey",
+        "topics",
+        "ruler",
+        "longbench",
+        "hici_extension",
+        "context_parallel",
+    ):
         assert part in text
