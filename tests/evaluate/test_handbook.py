@@ -45,6 +45,7 @@ MORE = {
     "eval topics": ["--max-new-tokens", "2"],
     "bench --suite": ["--op", "merge_attention", "--dtype", "float32"],
     "benchmarks/quality/hici_extension.py": ["--tiny", "--threads", "1"],
+    "benchmarks/quality/hici_step.py": ["--tiny", "--threads", "1", "--rounds", "1"],
     "benchmarks/distributed/context_parallel.py": ["--segment-len", "64", "--rounds", "1"],
 }
 
@@ -119,7 +120,7 @@ def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run_program(words: list[str], folder: Path) -> None:
-    if "extension" in words[1] and importlib.util.find_spec("peft") is None:
+    if "benchmarks/quality" in words[1] and importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
     start = {
         "python": [sys.executable],

@@ -1,0 +1,153 @@
+"""One training step at 8K: HiCI beside dense attention and LongLoRA's shifted attention, seconds and memory.
+
+    python benchmarks/quality/hici_step.py [--json FILE] [--context 8192] [--rounds 7] [--mode causal_shift]
+
+The three models of benchmarks/quality/hici_extension.py, same weights, same LoRA, same bytes, in one process, taking
+turns: forward, backward and AdamW on one row of float32. No seconds are printed before the loss and every gradient of
+each method agree with a float64 run of the same model (plain PyTorch inside) at half the context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hici_extension import TINY, Sizes, build, nll, prepare, saved_bytes
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hici_kernels.bench.machine import describe, spread
+from hici_kernels.bench.memory import kept_memory, peak_bytes
+from hici_kernels.config import CONTEXT_MODES
+
+ALLOWED = 1e-4  # of the largest gradient of a parameter: float32 through whole layers
+
+
+def models(sizes: Sizes, mode: str) -> dict[str, nn.Module]:
+    """The same weights under every method."""
+    found = {}
+    for name, training in (("dense", "lora"), ("shifted (S2)", "s2"), (f"HiCI {mode}", f"hici-{mode}")):
+        found[name] = prepare(build(sizes, 0), sizes, training, 0)
+    return found
+
+
+def gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = nll(model, ids).double().mean()
+    loss.backward()
+    found = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return float(loss.detach()), found
+
+
+def check(model: nn.Module, ids: Tensor) -> float:
+    """Largest difference of the loss and of any gradient from the float64 model, relative."""
+    loss, found = gradients(model, ids)
+    true_loss, truth = gradients(copy.deepcopy(model).double(), ids)
+    assert found.keys() == truth.keys() and found
+    worst = abs(loss - true_loss) / true_loss
+    for name, g in truth.items():
+        scale = float(g.abs().max())
+        if scale > 1e-12:
+            worst = max(worst, float((found[name] - g).abs().max()) / scale)
+    return worst
+
+
+def measure(sizes: Sizes, mode: str, rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    rows: dict[str, Any] = {}
+    steps = {}
+    for name, model in models(sizes, mode).items():
+        short = torch.randint(0, 256, (1, sizes.context // 2), generator=generator)
+        with torch.no_grad():  # LoRA starts at zero: half of its gradients would be
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    p.normal_(0, 0.02)
+        error = check(model, short)
+        rows[name] = {"error": error, "correct": error <= ALLOWED}
+        if not rows[name]["correct"]:
+            continue
+        trained = [p for p in model.parameters() if p.requires_grad]
+        rows[name]["trained_parameters"] = sum(p.numel() for p in trained)
+        steps[name] = (model, torch.optim.AdamW(trained, lr=1e-4))
+    ids = torch.randint(0, 256, (1, sizes.context), generator=generator)
+
+    def step(name: str) -> None:
+        model, optimiser = steps[name]
+        optimiser.zero_grad(set_to_none=True)
+        nll(model, ids).mean().backward()
+        optimiser.step()
+
+    for name, (model, _) in steps.items():
+        with saved_bytes(model) as kept:
+            nll(model, ids)
+        rows[name]["saved_bytes"] = sum(kept.values())
+        step(name)
+        rows[name]["peak_bytes"] = peak_bytes(lambda name=name: step(name))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with kept_memory():
+        for _ in range(rounds):
+            for name in steps:
+                began = time.perf_counter()
+                step(name)
+                times[name].append(time.perf_counter() - began)
+    for name, found in times.items():
+        rows[name] |= spread(found) | {"rounds": rounds}
+    return {"machine": describe(), "sizes": dataclasses.asdict(sizes), "mode": mode, "rows": rows}
+
+
+def show(result: dict[str, Any]) -> None:
+    sizes, machine = result["sizes"], result["machine"]
+    table = Table(
+        "method", "step", "fastest-slowest", "times dense", "kept for backward", "peak", "error",
+        title=f"One step, {sizes['context']} tokens, {sizes['layers']} layers of {sizes['hidden']}, float32",
+        caption=f"{machine['cpu']['model']}; torch {machine['torch']}, {machine['threads']} threads",
+    )  # fmt: skip
+    dense = result["rows"].get("dense", {}).get("median_s")
+    for name, row in result["rows"].items():
+        if not row["correct"]:
+            table.add_row(name, "wrong", *["-"] * 4, f"{row['error']:.1e}")
+            continue
+        peak = row["peak_bytes"]
+        table.add_row(
+            name,
+            f"{row['median_s']:.2f} s",
+            f"{row['fastest_s']:.2f}-{row['slowest_s']:.2f}",
+            "-" if dense is None else f"{row['median_s'] / dense:.2f}",
+            f"{row['saved_bytes'] / 2**20:.0f} MiB",
+            "-" if peak is None else f"{peak / 2**20:.0f} MiB",
+            f"{row['error']:.1e}",
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--context", type=int, default=Sizes.context)
+    p.add_argument("--mode", choices=CONTEXT_MODES, default="causal_shift")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--tiny", action="store_true", help="proves the code, means nothing")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    if a.context % 32 or a.rounds < 1:
+        p.error("--context must be a multiple of 32 and --rounds at least 1")
+    torch.set_num_threads(a.threads)
+    result = measure(TINY if a.tiny else dataclasses.replace(Sizes(), context=a.context), a.mode, a.rounds)
+    show(result)
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not all(row["correct"] for row in result["rows"].values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
