@@ -1,5 +1,6 @@
 // csrc/io on both backends: pages written and read by several threads at once, ahead and waited for, with faults between;
-// every byte is compared, memory has its exact size, and a file is closed under those who still wait.
+// every byte is compared, memory has its exact size, and a file is closed under those who still wait,
+// and over reads that nobody waits for.
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "../io/block_reader.h"
 #include "../io/checksum.h"
@@ -170,6 +172,32 @@ void check_file(const std::string& directory, const char* backend, uint64_t seed
   if (!faults && !closing && counters.bytes_read != counters.reads * c.options.stride) fail("io: bytes do not add up");
 }
 
+// A file is closed at any moment of reads that nobody waits for.
+void check_unread(const std::string& directory, const char* backend, uint64_t seed) {
+  Random random(seed);
+  io::Options options;
+  options.directory = directory, options.backend = backend, options.direct = random.chance(0.5);
+  options.page_bytes = random.within(1, 5000);
+  options.stride = (options.page_bytes + PageFile::kAlignment - 1) / PageFile::kAlignment * PageFile::kAlignment;
+  options.depth = static_cast<int>(random.within(1, 20));
+  const int64_t count = random.within(1, 24);
+  const Slots memory(count, options.stride);
+  int error = 0;
+  PageFile file(options, error);
+  std::vector<Page> pages;
+  for (int64_t i = 0; i < count; ++i) {
+    std::memset(memory[i], static_cast<int>(i), options.stride);
+    pages.push_back(page_of(memory[i], i, 0, 0));
+  }
+  std::vector<uint64_t> sums;
+  if (file.reserve(count).code != Outcome::kOk || file.wait(file.submit(pages, true, false), &sums).code != Outcome::kOk)
+    fail("io: %d pages cannot be written", (int)count);
+  for (int64_t i = 0; i < count; ++i) pages[i].checksum = sums[i];
+  file.submit(pages, false, random.chance(0.5));
+  usleep(static_cast<unsigned>(random.below(150)));
+  file.close();
+}
+
 void check_reader(const std::string& directory, const char* backend, uint64_t seed) {
   Random random(seed);
   const std::string path = directory + "/blocks";
@@ -215,6 +243,7 @@ void check_io(uint64_t seed, int cases) {
     for (const char* backend : {"auto", "threads"}) {
       check_reader(directory.path(), backend, seed + i);
       check_file(directory.path(), backend, seed + i, i % 3 == 1, i % 3 == 2);
+      for (int j = 0; j < 8; ++j) check_unread(directory.path(), backend, seed + i * 8 + j);
     }
   }
 }
