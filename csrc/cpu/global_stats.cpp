@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "memory.h"
@@ -172,6 +173,15 @@ void zero(void* p, int64_t bytes) {
   if (bytes > 0) std::memset(p, 0, bytes);
 }
 
+// Where the means of a sequence or segment are kept: its first row of results, if that rounds nothing and stays in the
+// caches, else scratch.
+template <class T, class Acc>
+Acc* means_at(T* row, Acc* scratch, bool stream) {
+  if constexpr (std::is_same_v<T, Acc>)
+    if (!stream) return row;
+  return scratch;
+}
+
 double norm_of(double square) { return std::sqrt(square); }
 
 // A group of sequences, statistics over all their segments: chunks of segments are summarised side by side, then merged
@@ -279,14 +289,15 @@ void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
     if (g.empty(i)) return;
     if (g.chunks == 1) g.summarise_chunk(states, i, b, 0);
     const auto whole = g.merged(states, i, b, nullptr, nullptr);
-    g.square[task] = call.path.emit(whole, g.total(i), call.width(b), out + s[i].out * 5 * h + b * call.block, h,
-                                    means + i * h + b * call.block, false);
+    T* const rows_out = out + s[i].out * 5 * h;
+    g.square[task] = call.path.emit(whole, g.total(i), call.width(b), rows_out + b * call.block, h,
+                                    means_at(rows_out, means + i * h, false) + b * call.block, false);
   });
   parallel(call.threads, count, [&](int64_t i, int) {
     T* const rows_out = out + s[i].out * 5 * h;
     if (g.empty(i)) return zero(rows_out, 5 * h * sizeof(T));
     const double norm = std::max(norm_of(g.total_square(i)), kNormFloor);
-    call.path.finish(means + i * h, static_cast<Acc>(norm), h, rows_out + 4 * h, false);
+    call.path.finish(means_at(rows_out, means + i * h, false), static_cast<Acc>(norm), h, rows_out + 4 * h, false);
   });
 }
 
@@ -323,9 +334,10 @@ void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
         else if (call.counts(s[i], j))
           rows[task] = call.absorb(s[i], j, b, state, rows[task]);
         const int64_t place = i * wave + (j - s[i].start - at);
+        T* const rows_out = out + (s[i].out + j - s[i].start) * 5 * h;
         square[place * blocks + b] =
-            call.path.emit(state, rows[task], call.width(b), out + (s[i].out + j - s[i].start) * 5 * h + b * call.block,
-                           h, means + place * h + b * call.block, stream);
+            call.path.emit(state, rows[task], call.width(b), rows_out + b * call.block, h,
+                           means_at(rows_out, means + place * h, stream) + b * call.block, stream);
       }
       if (stream) call.path.settle();
     });
@@ -337,7 +349,8 @@ void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
       double sum = 0;
       for (int64_t b = 0; b < blocks; ++b) sum += square[place * blocks + b];
       const double norm = std::max(std::sqrt(sum), kNormFloor);
-      call.path.finish(means + place * h, static_cast<Acc>(norm), h, rows_out + 4 * h, stream);
+      const Acc* const from = means_at(rows_out, means + place * h, stream);
+      call.path.finish(from, static_cast<Acc>(norm), h, rows_out + 4 * h, stream);
       if (stream) call.path.settle();
     });
   }

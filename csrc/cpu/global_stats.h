@@ -97,7 +97,8 @@ struct StatsPath {
   // adds a later set to an earlier one of equal shift; owners, if not null, take `number` where its extreme wins
   void (*merge)(const Planes& into, int64_t count, const Planes& from, int64_t from_count, int64_t n,
                 int32_t* top_owner, int32_t* low_owner, int32_t number);
-  // rows mean, max, min, std of the result, `stride` apart, and the means before rounding; their sum of squares
+  // rows mean, max, min, std of the result, `stride` apart, and the means before rounding, for which the first row may
+  // be named where it rounds nothing; their sum of squares
   double (*emit)(const Planes&, int64_t count, int64_t n, T* out, int64_t stride, Acc* means, bool stream);
   // the normalised mean
   void (*finish)(const Acc* means, Acc norm, int64_t n, T* out, bool stream);

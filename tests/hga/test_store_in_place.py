@@ -33,7 +33,7 @@ def test_decode_in_place_is_attention_over_the_whole(dtype, step: int, routing: 
     config = small(routing=routing, topk_chunks=3, topk_groups=5)
     q, k, v = tensors(150, b=2, hq=8, d=32, seed=step, dtype=dtype)
     got = decode(store(config, k), q, k, v, 20, step)
-    assert len(called) == len(range(20, 150, step))
+    assert len(called) == 1 + len(range(20, 150, step))
     close(got, full(q, k, v, config).out, NEAR[dtype])
 
 
@@ -49,7 +49,7 @@ def test_decode_in_place_is_attention_over_the_whole(dtype, step: int, routing: 
     routing=st.sampled_from(["strict", "prefix", "block"]),
     supers=st.sampled_from([0, 2]),
     r=st.sampled_from([1, 2, 4]),
-    steps=st.lists(st.integers(1, 16), min_size=1, max_size=12),
+    steps=st.lists(st.one_of(st.integers(1, 16), st.integers(17, 170)), min_size=1, max_size=9),
 )
 def test_in_place_equals_brought_together(seed, w, f, kc, kg, share, routing, supers, r, steps) -> None:
     """Both ways over the same calls of ragged rows, masked tokens among them and chunks that end on the way."""
@@ -99,7 +99,6 @@ def test_memory_that_no_query_sees_is_not_read() -> None:
 
 @needs_native
 def test_float64_gradients_and_8_bits_are_brought_together(monkeypatch) -> None:
-    monkeypatch.setattr(in_place, "attend_pages", None)
     for dtype, options, grad in (
         (torch.float64, {}, False),
         (torch.float32, {"cold_dtype": torch.int8}, False),
@@ -108,7 +107,44 @@ def test_float64_gradients_and_8_bits_are_brought_together(monkeypatch) -> None:
         q, k, v = tensors(70, dtype=dtype)
         target = store(small(), k, **options)
         feed(target, q[:, :60], k[:, :60], v[:, :60], [])
-        target.attend(0, q[:, 60:].requires_grad_(grad), k[:, 60:], v[:, 60:])
+        with monkeypatch.context() as patched:
+            patched.setattr(in_place, "attend_pages", None)
+            target.attend(0, q[:, 60:].requires_grad_(grad), k[:, 60:], v[:, 60:])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
+@pytest.mark.parametrize(
+    "limits", [{}, {"QUERIES": 40}, {"MASK_BYTES": 2000}, {"LIST_BYTES": 4000}, {"MASK_BYTES": 0}], ids=str
+)
+def test_long_calls_in_place(dtype, routing: str, limits: dict, tmp_path, monkeypatch) -> None:
+    """Attention over the whole, however few queries are attended at once, and the same bits in every tier."""
+    for name, value in limits.items():
+        monkeypatch.setattr(in_place, name, value)
+    config = small(routing=routing, topk_chunks=3, topk_groups=5)
+    q, k, v = tensors(400, b=2, hq=8, d=32, seed=7, dtype=dtype)
+    cuts = [160, 161, 352] if routing != "block" else [160, 352]
+    near = feed(store(config, k), q, k, v, cuts)
+    close(near, full(q, k, v, config).out, NEAR[dtype])
+    page = 2 * 16 * 32 * dtype.itemsize
+    for options in (
+        {"tier": "host"},
+        {"tier": "disk", "path": tmp_path, "host_bytes": 2 * (6 * page + 60_000)},
+        {"tier": "disk", "path": tmp_path},
+    ):
+        with store(config, k, **options) as target:
+            assert torch.equal(feed(target, q, k, v, cuts), near)
+
+
+@needs_native
+def test_a_limit_without_room_for_masks_is_kept(monkeypatch) -> None:
+    monkeypatch.setattr(in_place, "SMALL_BYTES", 0)
+    config = small(topk_chunks=3, topk_groups=5)
+    q, k, v = tensors(400, b=2, hq=8, d=32, seed=7, dtype=torch.float32)
+    target = store(config, k, tier="host", host_bytes=500_000)
+    close(feed(target, q, k, v, [160, 200]), full(q, k, v, config).out, 1e-5)
+    assert target.stats()["peak_bytes"]["host"] <= 500_000
 
 
 def test_a_long_mask_does_not_fit_and_is_brought_together() -> None:

@@ -271,11 +271,12 @@ struct Kernel {
 
   static double emit(const Planes& planes, int64_t count, int64_t n, T* out, int64_t stride, Acc* means, bool past) {
     const Acc each = 1 / static_cast<Acc>(count);
+    const bool keep = static_cast<const void*>(means) != static_cast<const void*>(out);
     DotSum norm;
     each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
       const V mean = mean_of(planes, c);
       const V variance = get(planes.squares + c) * each;
-      put(means + c, mean, tail);
+      if (keep) put(means + c, mean, tail);
       leave(out + c, mean, past, tail);
       leave(out + stride + c, get(planes.top + c), past, tail);
       leave(out + 2 * stride + c, get(planes.low + c), past, tail);
@@ -287,7 +288,15 @@ struct Kernel {
   }
 
   static void finish(const Acc* means, Acc norm, int64_t n, T* out, bool past) {
-    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { leave(out + c, get(means + c, tail) / norm, past, tail); });
+    // outside, 1 / norm or what is left of a mean may not be a normal number
+    if (!(norm >= Acc(1e-6) && norm <= Acc(1e30))) {
+      each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { leave(out + c, get(means + c, tail) / norm, past, tail); });
+      return;
+    }
+    const V by = all(norm), inverse = all(1 / norm);
+    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
+      leave(out + c, quotient(get(means + c, tail), by, inverse), past, tail);
+    });
   }
 
   static StatsNorm facts(const Planes& planes, int64_t count, int64_t n, const T* unit, const StatsFacts<T>& to) {

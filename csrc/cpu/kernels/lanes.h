@@ -26,6 +26,16 @@ inline Vec lower(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Wide lower(Wide a, Wide b) { return _mm512_min_pd(a, b); }
 inline Vec root(Vec v) { return _mm512_sqrt_ps(v); }
 inline Wide root(Wide v) { return _mm512_sqrt_pd(v); }
+// x / by from inverse = 1 / by, rounded, at a quarter of a division's time: by Markstein's theorem the same bits where
+// nothing overflows or underflows
+inline Vec quotient(Vec x, Vec by, Vec inverse) {
+  const Vec q = _mm512_mul_ps(x, inverse);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, by, x), inverse, q);
+}
+inline Wide quotient(Wide x, Wide by, Wide inverse) {
+  const Wide q = _mm512_mul_pd(x, inverse);
+  return _mm512_fmadd_pd(_mm512_fnmadd_pd(q, by, x), inverse, q);
+}
 inline Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Mask greater(Wide a, Wide b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 inline Mask at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
@@ -71,6 +81,11 @@ struct DotSum {
 };
 
 #else
+
+template <class V>
+inline V quotient(V x, V by, V) {
+  return x / by;
+}
 
 using Wide = simd::f64x4;
 constexpr int kWideLanes = 4;

@@ -1,4 +1,4 @@
-"""Attention over pages where they lie: nothing that a call opens is copied. Serves calls of few queries on the CPU.
+"""Attention over pages where they lie: nothing that a call opens is copied. Serves calls without gradients on the CPU.
 
 csrc/cpu/hga_history.h turns routes into lists of pages, csrc/cpu/hga_attention.h attends over them.
 """
@@ -16,8 +16,13 @@ from ..ops.hga_attention.pages import GROUPS, attend_pages
 from .layer import LayerState
 from .layout import Layout
 
-#: Queries of a call at most: who sees which group is a mask for every query and page.
-QUERIES = 16
+#: Queries attended at once: who sees which group is a mask for every query, head and page.
+QUERIES = 128
+#: More queries than these are attended fewer at a time where their masks, or the pages of one kv head, would take more
+#: bytes. The same in every tier.
+FEW, MASK_BYTES, LIST_BYTES = 16, 64 << 20, 64 << 20
+#: Bytes of masks that no limit counts.
+SMALL_BYTES = 1 << 20
 
 
 class Lists(NamedTuple):
@@ -35,22 +40,30 @@ class Lists(NamedTuple):
     number: Tensor
 
 
-def serves(config: HGAConfig, layout: Layout, q: Tensor, recent: dict[str, Tensor], impl: str) -> bool:
+def serves(config: HGAConfig, layout: Layout, q: Tensor, impl: str) -> bool:
     """Whether a call is attended in place. Depends on the call and what came before it, never on the tier."""
-    k, v = recent["k"], recent["v"]
     return (
         impl in ("", "cpu")
         and q.device.type == "cpu"
-        and 0 < q.shape[1] <= QUERIES
+        and q.shape[1] > 0
         and q.shape[0] > 0
         and q.dtype != torch.float64
         and not layout.cold
         and config.groups_per_chunk <= GROUPS
-        # tokens of a kv head side by side, as in a page; keys and values alike
-        and k.stride(1) == v.stride(1) == layout.head_dim
-        and k.stride(3) == v.stride(3) == q.stride(3) == 1
+        and q.stride(3) == 1
         and _native.status() is None
     )
+
+
+def like_pages(recent: dict[str, Tensor], layout: Layout) -> bool:
+    """Whether tokens of a kv head lie side by side, as in a page, keys and values alike."""
+    k, v = recent["k"], recent["v"]
+    return k.stride(1) == v.stride(1) == layout.head_dim and k.stride(3) == v.stride(3) == 1
+
+
+def by_heads(x: Tensor) -> Tensor:
+    """A copy of [B, S, H, D] that lies [B, H, S, D]."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def lists(
@@ -66,7 +79,7 @@ def lists(
     kv_heads = recent["k"].shape[2]
     r, c = hq // kv_heads, config.chunk_size
     windows = config.keep_first + config.keep_last + 2 + t // c
-    room = b * kv_heads * (windows + min(t * r * width, state.records.shape[1] + windows))
+    room = b * kv_heads * min(windows + t * r * width, int(place.max()) // c + 1)
     space = torch.empty((5, room), dtype=torch.int64)
     k, v, starts, at, number = space.unbind()
     offsets = torch.empty(b * kv_heads + 1, dtype=torch.int64)
@@ -97,6 +110,27 @@ def lists(
     )
     n, cold = counts.tolist()
     return Lists(k[:n], v[:n], starts[:n], offsets, visible[:n], at[:cold], number[:cold])
+
+
+def too_large(found: Lists, layout: Layout) -> bool:
+    """Whether the queries of these lists should be attended fewer at a time."""
+    longest = int((found.offsets[1:] - found.offsets[:-1]).max())
+    return found.visible.nbytes > MASK_BYTES or longest * layout.page_bytes > LIST_BYTES
+
+
+def only(found: Lists, first: int, last: int) -> Lists:
+    """Lists [first, last) as they are, all others empty: what each of them gives stays the same to the bit."""
+    begin, end = int(found.offsets[first]), int(found.offsets[last])
+    here = (found.at >= begin) & (found.at < end)
+    return Lists(
+        found.k[begin:end],
+        found.v[begin:end],
+        found.starts[begin:end],
+        (found.offsets - begin).clamp(0, end - begin),
+        found.visible[begin:end],
+        found.at[here] - begin,
+        found.number[here],
+    )
 
 
 def attend(found: Lists, addresses: Tensor, config: HGAConfig, layout: Layout, q: Tensor, place: Tensor) -> Tensor:

@@ -121,9 +121,10 @@ class Engine:
             routes = self._route(state, q, recent, place, max(after, default=0) // c, impl)
             kept = {n: x.detach().clone() if apart and x is new[n] else x.detach() for n, x in recent.items()}
             step = Step(kept, after, mask, t)
-            if not apart and in_place.serves(self.config, self.layout, q, recent, impl):
+            out = None
+            if not apart and in_place.serves(self.config, self.layout, q, impl):
                 out = self._attend_in_place(state, q, recent, place, routes)
-            else:
+            if out is None:
                 out = self._attend(state, q, recent, place, total, routes, impl)
         return out, step
 
@@ -336,12 +337,58 @@ class Engine:
 
     def _attend_in_place(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
-    ) -> Tensor:
-        found = in_place.lists(state, self.config, self.layout.pages, recent, place, routes)
-        state.last_pages, where = (found.number, None) if state.batch == 1 else found.number.unique(return_inverse=True)
-        with self._located(state.last_pages) as addresses:
+    ) -> Tensor | None:
+        """None where a limit leaves no room for the lists of a long call."""
+        t = q.shape[1]
+        if t <= in_place.FEW and in_place.like_pages(recent, self.layout):
+            found = in_place.lists(state, self.config, self.layout.pages, recent, place, routes)
+            state.last_pages = found.number if state.batch == 1 else found.number.unique()
+            return self._attend_lists(found, q, place, state.batch > 1)
+        copied = 0 if in_place.like_pages(recent, self.layout) else sum(recent[n].nbytes for n in "kv")
+        if not self.meter.fits("device", copied):
+            return None
+        with self.meter.scratch("device", copied, f"a call of {t} tokens"):
+            near = {n: in_place.by_heads(recent[n]) for n in "kv"} if copied else recent
+            out = torch.empty(q.shape, dtype=q.dtype)
+            pages: list[Tensor] = []
+            waiting = [slice(i, min(i + in_place.QUERIES, t)) for i in range(0, t, in_place.QUERIES)][::-1]
+            while waiting:
+                rows = waiting.pop()
+                at, width = place[:, rows].contiguous(), rows.stop - rows.start
+                found = in_place.lists(state, self.config, self.layout.pages, near, at, routes[:, rows].contiguous())
+                if width > 1 and in_place.too_large(found, self.layout):
+                    middle = rows.start + width // 2
+                    waiting += [slice(middle, rows.stop), slice(rows.start, middle)]
+                    continue
+                masks = found.visible.nbytes if found.visible.nbytes > in_place.SMALL_BYTES else 0
+                if not self.meter.fits("host", masks):
+                    return None
+                with self.meter.scratch("host", masks, f"lists of pages of {width} queries"):
+                    out[:, rows] = self._attend_lists(found, q[:, rows], at, state.batch > 1)
+                pages.append(found.number)
+        state.last_pages = torch.cat(pages).unique()
+        return out
+
+    def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor, shared: bool) -> Tensor:
+        """All lists at once where the tier has their pages at hand together, else one after the other.
+
+        shared: rows may have pages in common.
+        """
+        pages, where = found.number.unique(return_inverse=True) if shared else (found.number, None)
+        addresses = self.tier.located(pages) if len(pages) else pages
+        if addresses is not None:
+            self.fetched()
             there = addresses if where is None else addresses[where]
             return in_place.attend(found, there, self.config, self.layout, q, place)
+        group = q.shape[2] // self.layout.kv_heads
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for i in range(len(found.offsets) - 1):
+            part = in_place.only(found, i, i + 1)
+            row, head = divmod(i, self.layout.kv_heads)
+            heads = slice(head * group, (head + 1) * group)
+            with self._located(part.number) as addresses:
+                out[row, :, heads] = in_place.attend(part, addresses, self.config, self.layout, q, place)[row, :, heads]
+        return out
 
     @contextlib.contextmanager
     def _located(self, pages: Tensor) -> Iterator[Tensor]:
