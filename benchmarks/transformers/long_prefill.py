@@ -30,6 +30,8 @@ from hici_kernels import HGAConfig
 from hici_kernels.bench.machine import describe, spread
 from hici_kernels.integrations import HGACache, apply_hga, restore
 
+#: host memory of the tier disk, a quarter of the history of 64K tokens
+HOST_BYTES = 64 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -71,7 +73,9 @@ def side(name: str, length: int, new: int, piece: int, dtype: str, path: str | N
     row: dict[str, Any] = {"side": name}
     with torch.no_grad():
         if name != "dense":
-            options = {"path": path} if name == "disk" and path else {}
+            options: dict[str, Any] = {"path": path} if name == "disk" and path else {}
+            if name == "disk":
+                options["host_bytes"] = HOST_BYTES
             row["error_with_covering_budgets"] = check(found, DTYPES[dtype], name, options)
             apply_hga(found, HGAConfig(), store=name, **options)
         cache: Any = hf.DynamicCache(config=found.config) if name == "dense" else HGACache(found)

@@ -21,7 +21,8 @@ constexpr int64_t kShort = 16;       // pieces merged without keeping what round
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
 constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
-constexpr int64_t kWorthThreads = 1 << 18;  // elements: one thread takes over 25 microseconds, a meeting of threads up to that
+constexpr int64_t kWorthThreads = 1 << 18;  // elements: a meeting of threads takes up to 25 microseconds where the machine is busy
+constexpr int64_t kNear = 1 << 20;   // bytes: of less, what comes next is in the second-level cache or soon is
 constexpr int64_t kWave = 4 << 20;   // bytes of local between two meetings of the threads; its means stay in cache
 constexpr int64_t kFar = 16 << 20;   // bytes written: more will not be in cache when it is read
 
@@ -85,6 +86,7 @@ class Call {
     segment_bytes = p.slots * p.channels * static_cast<int64_t>(sizeof(T));
     const int64_t total = p.batch * p.segments * segment_bytes;
     threads = total / static_cast<int64_t>(sizeof(T)) < kWorthThreads ? Execution{} : execution;
+    near = total <= kNear;
     block = kBlock;
     if (p.causal && total >= kLeast)
       while (block > kNarrow && divide_up(p.channels, block) * static_cast<int64_t>(all.size()) < 16) block /= 2;
@@ -120,6 +122,7 @@ class Call {
   }
   // How far beyond this block of this segment the one lies that is likely to be read next.
   int64_t next(const Sequence& s, int64_t segment, int64_t b) const {
+    if (near) return 0;
     if (segment + 1 < s.stop) return p.stride_segment;
     return b + 1 < blocks ? block - (segment - s.start) * p.stride_segment : 0;
   }
@@ -137,8 +140,8 @@ class Call {
     const T* const x = rows(s, segment) + b * block;
     for (int64_t r = 0; r < p.slots; r += kStatsPiece) {
       const int64_t n = std::min(int64_t{kStatsPiece}, p.slots - r);
-      const int64_t ahead = r + kStatsPiece < p.slots ? kStatsPiece * p.stride_slot
-                                                      : next(s, segment, b) - r * p.stride_slot;
+      int64_t ahead = kStatsPiece * p.stride_slot;
+      if (r + kStatsPiece >= p.slots) ahead = next(s, segment, b) - (near ? 0 : r * p.stride_slot);
       path.absorb(x + r * p.stride_slot, p.stride_slot, n, ahead, width(b), to, count);
       count += n;
     }
@@ -155,7 +158,7 @@ class Call {
   const std::vector<Sequence> all;
   Execution threads;
   int64_t segment_bytes, block, blocks, ld;
-  bool careful;
+  bool careful, near;
 };
 
 // Segments of one sequence that one task of the shared form reads.

@@ -52,22 +52,25 @@ def call(operation: Any, *arguments: Any) -> Any:
     On the CPU the dispatcher takes a third of a small call's time. It is needed by whoever watches or changes calls:
     autograd, compilers, tracers, profilers, transforms, modes and tensor subclasses.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operation(*arguments)
-    if _unwatched() and _ordinary(arguments):
+    graded = torch.is_grad_enabled()
+    if _unwatched() and _ordinary(arguments, graded):
         return _KERNELS[operation](*arguments)
+    if graded:
+        return operation(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(*arguments)
 
 
-def _ordinary(arguments: Sequence[Any]) -> bool:
-    """Plain numbers, and no tensor that the dispatcher would treat in a way of its own."""
+def _ordinary(arguments: Sequence[Any], graded: bool) -> bool:
+    """Plain numbers, and no tensor that the dispatcher would treat in a way of its own: with ``graded``, by autograd."""
     for x in arguments:
         kind = type(x)
         if kind is Tensor:
-            if not x.is_cpu:
+            if not x.is_cpu or (graded and x.requires_grad):
                 return False
-        elif kind not in PLAIN and not (kind in (list, tuple) and _ordinary(x)):
+        elif kind not in PLAIN and not (kind in (list, tuple) and _ordinary(x, graded)):
             return False
     return True
 

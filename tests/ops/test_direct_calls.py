@@ -93,3 +93,9 @@ def test_results_are_the_same_bits_either_way():
 def test_autocast_holds_on_the_short_way(dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention(*[x.to(dtype) for x in tensors()]).dtype == torch.bfloat16
+
+
+def test_with_gradients_on_only_what_requires_them_is_recorded():
+    q, k, v = tensors()
+    assert torch.equal(attention(q, k, v), attention(q.requires_grad_(), k, v).detach())
+    assert attention(q, k, v).requires_grad and not attention(q.detach(), k, v).requires_grad

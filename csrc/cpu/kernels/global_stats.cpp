@@ -101,7 +101,7 @@ struct Kernel {
   }
 
   // R rows, kept in registers between the two sweeps.
-  template <int R, int U, class Tail>
+  template <int R, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
                                  Tail tail) {
     V d[R][U], top[U], low[U], bad = all(Acc(0));
@@ -113,7 +113,7 @@ struct Kernel {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const T* const p = x + r * stride + c + u * L;
-        if (u % kLine<T> == 0) __builtin_prefetch(p + ahead);
+        if (Ahead && u % kLine<T> == 0) __builtin_prefetch(p + ahead);
         const V v = get(p, tail);
         d[r][u] = v - shift;
         top[u] = higher(v, top[u]);
@@ -147,7 +147,7 @@ struct Kernel {
   }
 
   // The first R rows of a sequence whose segments have no more: start() and absorb_rows() in one, to the same bits.
-  template <int R, int U, class Tail>
+  template <int R, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void begin_rows(const T* x, int64_t stride, int64_t ahead,
                                                                Planes planes, Weights w, int64_t c, Tail tail) {
 #pragma GCC unroll 4
@@ -157,7 +157,7 @@ struct Kernel {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const T* const p = x + r * stride + c + u * L;
-        if (u % kLine<T> == 0) __builtin_prefetch(p + ahead);
+        if (Ahead && u % kLine<T> == 0) __builtin_prefetch(p + ahead);
         d[r] = get(p, tail);
         sum = sum + d[r];
         top = higher(d[r], top);
@@ -227,9 +227,13 @@ struct Kernel {
                      int64_t count) {
     const Weights w = weights(count, rows);
     const Planes local = planes;
-    if (rows == kStatsPiece)
+    if (rows == kStatsPiece && ahead)
       each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        absorb_rows<kStatsPiece, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+        absorb_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+      });
+    else if (rows == kStatsPiece)
+      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        absorb_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, w, c, tail);
       });
     else
       each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { absorb_some(x, stride, rows, local, w, c, tail); });
@@ -242,9 +246,14 @@ struct Kernel {
     }
     const Weights w = weights(0, rows);
     const Planes local = planes;
-    each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-      begin_rows<kStatsPiece, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
-    });
+    if (ahead)
+      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        begin_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+      });
+    else
+      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        begin_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, w, c, tail);
+      });
   }
 
   static void merge(const Planes& into, int64_t count, const Planes& from, int64_t added, int64_t n,
