@@ -64,7 +64,7 @@ def call(operation: Any, *arguments: Any) -> Any:
 
 
 def _ordinary(arguments: Sequence[Any], graded: bool) -> bool:
-    """Plain numbers, and no tensor that the dispatcher would treat in a way of its own: with ``graded``, by autograd."""
+    """Plain numbers, and no tensor that the dispatcher treats in a way of its own; with ``graded``, autograd too."""
     for x in arguments:
         kind = type(x)
         if kind is Tensor:
