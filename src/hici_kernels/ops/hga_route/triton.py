@@ -272,7 +272,9 @@ def _strict(
             SPLITS=power(splits),
             K=k,
             KG=kg,
-            **options,
+            # a row's candidates are few: half the lanes of a tile of scores
+            num_warps=max(config["num_warps"] // 2, 1),
+            num_stages=config["num_stages"],
         )
     return routes
 
