@@ -229,10 +229,27 @@ def _hga_route(entry: Entry) -> Problems:
     yield "strict, decode", call(1, 4096, DEFAULT_BUDGETS, "strict", 64, "query")
     if _thorough(entry):
         yield "strict, kv, decode", call(1, 4096, NO_WINDOW, "strict", 64, "kv", positions=True)
-        for routing in ("prefix", "block"):
-            for share in ("query", "kv"):
-                yield f"{routing}, {share}", call(256, 64, DEFAULT_BUDGETS, routing, 64, share)
-            yield f"{routing}, positions, no window", call(256, 64, NO_WINDOW, routing, 64, "kv", positions=True)
+        yield "prefix", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query")
+        yield "block, kv, positions, no window", call(256, 64, NO_WINDOW, "block", 64, "kv", positions=True)
+
+
+def _hga_attention(entry: Entry) -> Problems:
+    dtype, d = getattr(torch, entry.dtype), entry.head_dim
+
+    def call(t: int, s: int, hkv: int, given: bool, scale: float) -> tuple[Any, ...]:
+        q = torch.empty(2, t, 32, d, dtype=dtype, device=NOWHERE)
+        k, v = (torch.empty(2, s, hkv, d, dtype=dtype, device=NOWHERE) for _ in "kv")
+        inv_freq = torch.empty(d // 2, device=NOWHERE)
+        mask = torch.empty(2, s, dtype=torch.bool, device=NOWHERE) if given else None
+        # routes as a cache gives them: summaries and scores are other tables' business
+        routes = torch.empty(2, t, 32, 32, dtype=torch.int32, device=NOWHERE)
+        return (q, k, v, inv_freq, None, mask, routes, 16, *DEFAULT_BUDGETS, "strict", 64, "query", 0, 0, scale)
+
+    yield "prefill", call(4096, 4096, 8, False, d**-0.5)
+    # few rows: low tiles, and runs of keys
+    yield "decode", call(1, 16384, 8, False, d**-0.5)
+    if _thorough(entry):
+        yield "mask, scale below 0", call(4096, 4096, 8, True, -1.0)
 
 
 PROBLEMS: dict[str, Callable[[Entry], Problems]] = {
@@ -241,6 +258,7 @@ PROBLEMS: dict[str, Callable[[Entry], Problems]] = {
     "global_stats": _global_stats,
     "hga_summaries": _hga_summaries,
     "hga_route": _hga_route,
+    "hga_attention": _hga_attention,
 }
 
 

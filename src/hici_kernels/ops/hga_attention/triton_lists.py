@@ -13,6 +13,7 @@ import triton.language as tl
 LARGEST = tl.constexpr(2**31 - 1)
 #: of an id and a row in one int32
 ROW_BITS = tl.constexpr(6)
+ROW_MASK = tl.constexpr(63)
 
 # Sizes differ from call to call; their values are no reason to compile again.
 SIZES = ("first", "start", "stop", "heads", "group", "width", "chunk_size", "keep_first", "keep_last")
@@ -29,9 +30,10 @@ def bounds(p, chunk_size, keep_first, keep_last):
 @triton.jit
 def index_of(t, b, here, positions, first, stride_pb, stride_pt):
     """Index of query t in its row, -1 where there is none."""
-    if positions is None:
-        return tl.where(here, first + t, -1)
-    return tl.load(positions + b * stride_pb + t.to(tl.int64) * stride_pt, mask=here, other=-1).to(tl.int32)
+    index = tl.where(here, first + t, -1)
+    if positions is not None:
+        index = tl.load(positions + b * stride_pb + t.to(tl.int64) * stride_pt, mask=here, other=-1).to(tl.int32)
+    return index
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -86,7 +88,7 @@ def unite_routes(
     there = key != LARGEST
     fresh = there & ((e == 0) | (before != key))
     last = there & ((e == ENTRIES - 1) | ((after >> ROW_BITS) != (key >> ROW_BITS)))
-    bit = tl.full((ENTRIES,), 1, tl.int64) << (key & ((1 << ROW_BITS) - 1)).to(tl.int64)
+    bit = tl.full((ENTRIES,), 1, tl.int64) << (key & ROW_MASK).to(tl.int64)
     total = tl.cumsum(tl.where(fresh, bit, 0), 0)
     place = tl.cumsum(last.to(tl.int32), 0) - 1
     slot = (b * heads + kv_head) * tl.num_programs(0) + tile
