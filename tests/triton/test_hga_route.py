@@ -81,7 +81,9 @@ def test_queries_in_slices(monkeypatch):
     whole = same(x, c)
     monkeypatch.setattr(launch, "SCRATCH", 64)
     assert torch.equal(same(x, c), whole)
-    parts = [hga_route(x[0][:, i : i + 1], *x[1:], c, positions=torch.tensor([[124 + i]]), impl="triton") for i in (0, 7)]
+    parts = [
+        hga_route(x[0][:, i : i + 1], *x[1:], c, positions=torch.tensor([[124 + i]]), impl="triton") for i in (0, 7)
+    ]
     assert torch.equal(torch.cat(parts, 1), whole[:, [0, 7]])
 
 

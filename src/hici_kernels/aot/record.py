@@ -121,7 +121,7 @@ Problems = Iterator[tuple[str, tuple[Any, ...]]]
 
 
 def _thorough(entry: Entry) -> bool:
-    """Whether an entry is compiled in the rarer variants too: one dtype stands for all, and one hidden size or head_dim."""
+    """Whether an entry is compiled in the rarer variants too: one dtype and one width stand for all."""
     return entry.dtype == "bfloat16" and (entry.op.startswith("attention") or entry.head_dim in (4096, 128))
 
 

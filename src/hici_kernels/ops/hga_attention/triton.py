@@ -153,7 +153,8 @@ def _attend(
     pack, wide = power(r), power(width)
     block_m = max(min(config["BLOCK_M"], power(t * pack), MOST_ENTRIES // wide), 16, pack)
     block_n, size, entries = config["BLOCK_N"], block_m // pack, block_m * wide
-    warps = config["num_warps"] if block_m == config["BLOCK_M"] else min(config["num_warps"], 4)
+    low = block_m < config["BLOCK_M"] and q.dtype != torch.float32
+    warps = min(config["num_warps"], 4) if low else config["num_warps"]
     block_d, block_e = column_blocks(d, q.dtype)
 
     tiles = -(-t // size)

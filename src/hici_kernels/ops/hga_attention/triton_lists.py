@@ -62,7 +62,7 @@ def unite_routes(
     PACK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """ids int32 and sums int64 [B, Hkv, tiles, BLOCK_M * WIDTH], counts int32 [B, Hkv, tiles], of queries [start, stop).
+    """ids int32 and sums int64 [B, Hkv, tiles, BLOCK_M * WIDTH], counts int32 [B, Hkv, tiles]; queries [start, stop).
 
     Only groups of a query's own pool are taken: its sinks and window it sees anyway. Grid: (tiles, Hkv, B).
     """

@@ -137,7 +137,18 @@ def forward(
     first = max(t, n * chunk_size) - t
     regions = (chunk_size, keep_first, keep_last)
     return routes_of(
-        q, chunk_keys, group_keys, positions, first, context, regions, topk_chunks, topk_groups, routing, route_block, share
+        q,
+        chunk_keys,
+        group_keys,
+        positions,
+        first,
+        context,
+        regions,
+        topk_chunks,
+        topk_groups,
+        routing,
+        route_block,
+        share,
     )
 
 

@@ -28,9 +28,7 @@ def so_far(x):
 
 
 @triton.jit
-def family_scores(
-    q_rows, stride_qh, asking, k_rows, present, members, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def family_scores(q_rows, stride_qh, asking, k_rows, present, members, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Ordered scores [rows, keys], the maximum over the heads of a family."""
     key = scores(q_rows, asking, k_rows, present, HEAD_DIM, BLOCK_D)
     for i in range(1, members):

@@ -94,9 +94,7 @@ def scan_chunks(
     if positions is not None:
         at = positions + b * stride_pb + t_q.to(tl.int64) * stride_pt
         asking = asking & (tl.load(at, mask=t_q < queries, other=-1) >= 0)
-    q_rows = (
-        q + b * stride_qb + t_q.to(tl.int64) * stride_qt + (kv_head * group + head).to(tl.int64) * stride_qh
-    )
+    q_rows = q + b * stride_qb + t_q.to(tl.int64) * stride_qt + (kv_head * group + head).to(tl.int64) * stride_qh
     d = tl.arange(0, BLOCK_D)
     q_tile = load_rows(q_rows, asking, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
     base = chunk_keys + b * stride_cb + kv_head.to(tl.int64) * stride_ch

@@ -28,7 +28,9 @@ def turn(x, y, angle, slow):
 
 
 @triton.jit
-def store_key(row, low, high, rest, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr):
+def store_key(
+    row, low, high, rest, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr
+):
     i = tl.arange(0, PAIRS)
     kind = row.dtype.element_ty
     tl.store(row + i, narrow(low, kind), mask=i < HALF)
