@@ -69,7 +69,7 @@ def test_heads_and_widths(group, d):
 @pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
 @pytest.mark.parametrize("share", ["query", "kv"])
 def test_routes_are_the_references(routing, share):
-    x, c = tensors(120, 20, b=2), config(routing=routing, share=share)
+    x, c = tensors(100, 10), config(routing=routing, share=share)
     found, expected = (attend(y, c, i) for y, i in ((x, "triton"), ([z.double() for z in x], "reference")))
     assert torch.equal(found[2], expected[2])
     torch.testing.assert_close(found[0].double(), expected[0], rtol=0, atol=2e-6)
@@ -89,22 +89,22 @@ def test_full_budgets_are_dense_attention():
     torch.testing.assert_close(found.double(), dense.transpose(1, 2), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("routing", ["strict", "block"])
+@pytest.mark.parametrize("routing", ["strict", pytest.param("block", marks=pytest.mark.slow)])
 def test_a_padded_row_is_the_row_alone(routing):
     c = config(routing=routing)
-    x = tensors(110, 20, b=3)
+    x = tensors(110, 8, b=3)
     mask = torch.rand(3, 110, generator=torch.Generator().manual_seed(1)) < 0.8
     mask[1], mask[2, :105] = True, False
     for y in x[1:]:
         y[~mask] = NAN
-    x[0][~mask[:, 90:]] = NAN
+    x[0][~mask[:, 102:]] = NAN
     out, lse, routes = check(x, c, mask=mask)
     kept = mask[0].nonzero().flatten()
-    asked = mask[0, 90:].nonzero().flatten()
+    asked = mask[0, 102:].nonzero().flatten()
     alone = attend((x[0][:1, asked], x[1][:1, kept], x[2][:1, kept]), c, "triton")
     assert torch.equal(alone[2], routes[:1, asked, :, : alone[2].shape[-1]])
     torch.testing.assert_close(alone[0], out[:1, asked], rtol=0, atol=1e-6)
-    blind = ~mask[:, 90:]
+    blind = ~mask[:, 102:]
     assert not out[blind].any() and (lse.transpose(1, 2)[blind] == -torch.inf).all() and (routes[blind] == -1).all()
 
 
@@ -122,7 +122,7 @@ def test_scales(scale):
 
 
 def test_few_rows_are_cut_into_runs(monkeypatch):
-    x, c = tensors(300, 2, b=2), config()
+    x, c = tensors(200, 2), config()
     whole, lse, _ = attend(x, c, "triton")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 64)
     with trial("hga_attention", {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}):
@@ -133,7 +133,7 @@ def test_few_rows_are_cut_into_runs(monkeypatch):
 
 
 def test_queries_in_slices(monkeypatch):
-    x, c = tensors(150, 40), config()
+    x, c = tensors(120, 20), config()
     whole = attend(x, c, "triton")
     monkeypatch.setattr(launch, "SCRATCH", 1)
     with trial("hga_attention", {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}):
@@ -141,16 +141,16 @@ def test_queries_in_slices(monkeypatch):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("where", ["key", "value"])
-@pytest.mark.parametrize("poison", [NAN, torch.inf])
+@pytest.mark.parametrize(("where", "poison"), [("key", NAN), ("value", NAN), ("value", torch.inf)])
 def test_what_is_no_number_reaches_those_who_see_it(where, poison):
-    x, c = tensors(150, 30), config()
-    routes = attend(x, c, "triton")[2]
-    for token in (10, 70, 140):
+    x, c = tensors(150, 6), config()
+    clean = attend(x, c, "triton")
+    routes = clean[2]
+    # of the sinks, of a group that some query opened, of the window
+    for token in (10, 4 * int(routes[0, 3, 2, 0]) + 1, 140):
         y = [z.clone() for z in x]
         y[1 if where == "key" else 2][0, token, 1, 3] = poison
         found, expected = (attend(y, c, i, routes=routes) for i in ("triton", "reference"))
-        clean = attend(x, c, "triton", routes=routes)
         hit = expected[0].isnan().any(-1)
         assert hit.any() and not hit.all()
         assert torch.equal(found[0].isnan().any(-1), hit)
@@ -168,7 +168,7 @@ def test_routes_that_name_what_they_may_not_are_passed_over():
 
 
 def test_any_strides_and_nothing_between_them():
-    x, c = tensors(120, 20, b=2), config()
+    x, c = tensors(100, 6, b=2), config()
     wide = [y.new_full((2, y.shape[2] + 1, 2 * y.shape[1] + 1, y.shape[3] + 3), NAN) for y in x]
     views = [w[:, 1:, 1::2, 2:-1].transpose(1, 2) for w in wide]
     for view, y in zip(views, x, strict=True):

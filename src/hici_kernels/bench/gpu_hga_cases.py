@@ -3,6 +3,8 @@ at least: of routed attention those of the tokens that are seen, every group rea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def _random(device: torch.device, dtype: torch.dtype, *sizes: tuple[int, ...]) -
 def summaries_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
     """Summaries of a whole text."""
     c, rope = HGAConfig(), Rope.from_theta(1e6, d)
-    sizes = {"chunk_size": c.chunk_size, "group_size": c.group_size}
+    sizes: dict[str, Any] = {"chunk_size": c.chunk_size, "group_size": c.group_size}
     numbers = tokens * KV_HEADS * d
     outs = tokens // c.chunk_size * (1 + c.groups_per_chunk) * KV_HEADS * d
 
