@@ -94,9 +94,8 @@ def summarise(
     chunk_low = tl.zeros((PAIRS,), tl.float32)
     chunk_high = tl.zeros((PAIRS,), tl.float32)
     chunk_rest = 0.0
-    e = 0
+    e = 2 * HALF + tl.arange(0, REST if REST > 0 else 1)
     if REST > 0:
-        e = 2 * HALF + tl.arange(0, REST)
         chunk_rest = tl.zeros((REST,), tl.float32)
     middle = start + (CHUNK - 1) // 2
     if positions is not None:
