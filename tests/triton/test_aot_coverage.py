@@ -82,7 +82,8 @@ def test_every_kernel_that_is_launched(recorded: list, op: str, arch: str) -> No
     ],
 )
 def test_every_form_of_a_kernel(recorded: list, kernel: str, flags: set[str]) -> None:
-    found = [f for _, k, *_, f in recorded if k == kernel]
+    # two operations have a kernel of this name
+    found = [f for o, k, *_, f in recorded if k == kernel and (k != "merge_splits" or o == "local_slots")]
     for flag in flags:
         values = {f[flag] for f in found}
         assert values == ({"stats", "gradient", "piece"} if flag == "EMIT" else {False, True}), flag
