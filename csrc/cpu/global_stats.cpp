@@ -117,16 +117,27 @@ class Call {
   void start(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
     path.start(rows(s, segment) + b * block, p.stride_slot, p.slots, width(b), to);
   }
+  // How far beyond this block of this segment the one lies that is likely to be read next.
+  int64_t next(const Sequence& s, int64_t segment, int64_t b) const {
+    if (segment + 1 < s.stop) return p.stride_segment;
+    return b + 1 < blocks ? block - (segment - s.start) * p.stride_segment : 0;
+  }
+  // start() and absorb() of the first segment that counts; returns its rows.
+  int64_t begin(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
+    if (p.slots > kStatsPiece) {
+      start(s, segment, b, to);
+      return absorb(s, segment, b, to, 0);
+    }
+    path.begin(rows(s, segment) + b * block, p.stride_slot, p.slots, next(s, segment, b), width(b), to);
+    return p.slots;
+  }
   // Adds one segment to a set of `count` rows; returns the new count.
   int64_t absorb(const Sequence& s, int64_t segment, int64_t b, const Planes& to, int64_t count) const {
     const T* const x = rows(s, segment) + b * block;
     for (int64_t r = 0; r < p.slots; r += kStatsPiece) {
       const int64_t n = std::min(int64_t{kStatsPiece}, p.slots - r);
-      int64_t ahead = 0;
-      if (r + kStatsPiece < p.slots)
-        ahead = kStatsPiece * p.stride_slot;
-      else if (segment + 1 < s.stop)
-        ahead = p.stride_segment - r * p.stride_slot;
+      const int64_t ahead = r + kStatsPiece < p.slots ? kStatsPiece * p.stride_slot
+                                                      : next(s, segment, b) - r * p.stride_slot;
       path.absorb(x + r * p.stride_slot, p.stride_slot, n, ahead, width(b), to, count);
       count += n;
     }
@@ -210,9 +221,14 @@ struct Shared {
   void summarise_chunk(Acc* states, int64_t i, int64_t b, int64_t k) const {
     if (rows[i * chunks + k] == 0) return;
     const auto to = state(states, i, b, k);
-    call.start(s[i], first[i], b, to);
-    int64_t done = 0;
-    for (int64_t j = begin(i, k); j < end(i, k); ++j)
+    int64_t done = 0, j = begin(i, k);
+    if (j <= first[i]) {
+      done = call.begin(s[i], first[i], b, to);
+      j = first[i] + 1;
+    } else {
+      call.start(s[i], first[i], b, to);
+    }
+    for (; j < end(i, k); ++j)
       if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, to, done);
   }
 
@@ -302,8 +318,10 @@ void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
       const auto state = call.planes(states + task * Call<T>::kPlanes * call.ld);
       const int64_t end = std::min(s[i].stop, s[i].start + at + wave);
       for (int64_t j = std::max(s[i].start + at, first[i]); j < end; ++j) {
-        if (j == first[i]) call.start(s[i], j, b, state);
-        if (call.counts(s[i], j)) rows[task] = call.absorb(s[i], j, b, state, rows[task]);
+        if (j == first[i])
+          rows[task] = call.begin(s[i], j, b, state);
+        else if (call.counts(s[i], j))
+          rows[task] = call.absorb(s[i], j, b, state, rows[task]);
         const int64_t place = i * wave + (j - s[i].start - at);
         square[place * blocks + b] =
             call.path.emit(state, rows[task], call.width(b), out + (s[i].out + j - s[i].start) * 5 * h + b * call.block,
@@ -460,8 +478,10 @@ void causal_backward(const Call<T>& call, const Sequence* s, int64_t count, cons
     const auto state = call.planes(states + task * Call<T>::kPlanes * ld);
     int64_t done = 0;
     for (int64_t j = first[i]; j < s[i].stop; ++j) {
-      if (j == first[i]) call.start(s[i], j, b, state);
-      if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, state, done);
+      if (j == first[i])
+        done = call.begin(s[i], j, b, state);
+      else if (call.counts(s[i], j))
+        done = call.absorb(s[i], j, b, state, done);
       const int64_t group = base[i] + j - s[i].start;
       const T* const unit = grad_out + ((s[i].out + j - s[i].start) * 5 + 4) * h + b * call.block;
       norms[group * blocks + b] = call.path.facts(state, done, call.width(b), unit, facts(group, b));

@@ -90,6 +90,8 @@ struct StatsPath {
   using Planes = StatsPlanes<Acc>;
   // the empty set, seen from the mean of these rows
   void (*start)(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes&);
+  // start() with all rows of these and absorb() of them, in one
+  void (*begin)(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes&);
   // adds rows to a set of `count`; those `ahead` elements further on come next
   void (*absorb)(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes&, int64_t count);
   // adds a later set to an earlier one of equal shift; owners, if not null, take `number` where its extreme wins

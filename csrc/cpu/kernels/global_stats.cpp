@@ -146,6 +146,53 @@ struct Kernel {
         spoil(x + c + u * L, stride, R, planes.top + c + u * L, planes.low + c + u * L, tail);
   }
 
+  // The first R rows of a sequence whose segments have no more: start() and absorb_rows() in one, to the same bits.
+  template <int R, int U, class Tail>
+  __attribute__((always_inline)) static inline void begin_rows(const T* x, int64_t stride, int64_t ahead,
+                                                               Planes planes, Weights w, int64_t c, Tail tail) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      V d[R], sum = all(Acc(0));
+      V top = all(-static_cast<Acc>(__builtin_inf())), low = all(static_cast<Acc>(__builtin_inf()));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const T* const p = x + r * stride + c + u * L;
+        if (u % kLine<T> == 0) __builtin_prefetch(p + ahead);
+        d[r] = get(p, tail);
+        sum = sum + d[r];
+        top = higher(d[r], top);
+        low = lower(d[r], low);
+      }
+      const V shift = sum * w.own;
+      V part[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) part[r] = d[r] = d[r] - shift;
+#pragma GCC unroll 4
+      for (int half = R / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
+      const V own = part[0] * w.own;
+      V even = all(Acc(0)), odd = even;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V e = d[r] - own;
+        (r % 2 ? odd : even) = (r % 2 ? odd : even) + e * e;
+      }
+      const int64_t at = c + u * L;
+      put(planes.shift + at, shift);
+      put(planes.mean + at, own);
+      put(planes.squares + at, even + odd);
+      if (planes.mean_excess) {
+        put(planes.mean_excess + at, all(Acc(0)));
+        put(planes.squares_excess + at, all(Acc(0)));
+      }
+      put(planes.top + at, top);
+      put(planes.low + at, low);
+      if (__builtin_expect(any(is_nan(part[0])), 0))
+        spoil(x + at, stride, R, planes.top + at, planes.low + at, tail);
+    }
+  }
+
   // Any number of rows, read twice; the second time from the first-level cache.
   template <class Tail>
   static inline void absorb_some(const T* x, int64_t stride, int64_t rows, Planes planes, Weights w, int64_t c,
@@ -186,6 +233,18 @@ struct Kernel {
       });
     else
       each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { absorb_some(x, stride, rows, local, w, c, tail); });
+  }
+
+  static void begin(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes& planes) {
+    if (rows != kStatsPiece) {
+      start(x, stride, rows, n, planes);
+      return absorb(x, stride, rows, ahead, n, planes, 0);
+    }
+    const Weights w = weights(0, rows);
+    const Planes local = planes;
+    each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+      begin_rows<kStatsPiece, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+    });
   }
 
   static void merge(const Planes& into, int64_t count, const Planes& from, int64_t added, int64_t n,
@@ -322,7 +381,7 @@ struct Kernel {
     });
   }
 
-  static StatsPath<T> path() { return {start, absorb, merge, emit, finish, facts, spread, settle}; }
+  static StatsPath<T> path() { return {start, begin, absorb, merge, emit, finish, facts, spread, settle}; }
 };
 
 }  // namespace

@@ -17,8 +17,9 @@ from .ceilings import least_seconds, product_loop, product_rate
 from .machine import spread
 from .memory import kept_memory, peak_bytes, resident_growth
 
-# A call shorter than this is repeated inside one timing, so that the clock's own step does not show.
-SHORTEST = 2e-3
+# Shorter calls are repeated inside one timing until they take so long: the clock's own step must not show, and the
+# first calls after another side find its data in the caches and its threads still spinning.
+SHORTEST = 5e-3
 # Sides that no conclusion rests on are timed in fewer rounds once a call takes this long, and once where it takes very
 # long; neither is a long call repeated for its allocator's record.
 LONG, FEW, VERY_LONG = 1.0, 3, 8.0
@@ -246,7 +247,7 @@ def alternate(
         first = (known or {}).get(name) or _seconds(call)
         # a first call may load and allocate: it says nothing about a short one
         again = first if first > LONG / 4 else _seconds(call)
-        repeats[name] = max(1, round(SHORTEST / max(again, 1e-9)))
+        repeats[name] = 1 if again >= SHORTEST else _repeats(call)
         few = 1 if again > VERY_LONG else FEW if again > LONG else rounds
         left[name] = few if name in aside else rounds
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -259,6 +260,19 @@ def alternate(
                         call()
                     times[name].append((time.perf_counter() - began) / repeats[name])
     return times
+
+
+def _repeats(call: Callable[[], object]) -> int:
+    """Calls that together take SHORTEST once they are warm."""
+    count = 1
+    while True:
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        seconds = time.perf_counter() - began
+        if seconds >= SHORTEST:
+            return max(1, round(count * SHORTEST / seconds))
+        count *= 2
 
 
 def _seconds(call: Callable[[], object]) -> float:
