@@ -41,15 +41,22 @@ LOG2E = math.log2(math.e)
 def rejects(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
+    inv_freq: Tensor,
+    positions: Tensor | None,
+    attention_mask: Tensor | None,
     routes: Tensor | None,
     group_size: int,
     chunk_size: int,
+    keep_first: int,
+    keep_last: int,
     topk_chunks: int,
     topk_groups: int,
     routing: str,
     route_block: int,
+    share: str,
     super_chunk: int,
-    **rest: Any,
+    *rest: Any,
 ) -> str | None:
     from ..attention.triton_forward import INTERPRET
 

@@ -37,15 +37,19 @@ def rejects(
     q: Tensor,
     chunk_keys: Tensor,
     group_keys: Tensor,
+    positions: Tensor | None,
+    context: int,
+    chunk_size: int,
+    keep_first: int,
+    keep_last: int,
     topk_chunks: int,
     topk_groups: int,
-    chunk_size: int,
     routing: str,
     route_block: int,
-    super_chunk: int,
-    **rest: Any,
+    share: str,
+    super_chunk: int = 0,
+    *rest: Any,
 ) -> str | None:
-    """``chunk_keys`` may be given as their number, and ``group_keys`` as the groups of a chunk."""
     from ..attention.triton_forward import INTERPRET
 
     b, _, hq, d = q.shape
@@ -55,8 +59,7 @@ def rejects(
     foreign = rejects_device("q", q, INTERPRET.value)
     if foreign is not None:
         return foreign
-    limited = limits(b, hq, hkv, d, n, m, topk_chunks, topk_groups, chunk_size, routing, route_block, super_chunk)
-    return limited
+    return limits(b, hq, hkv, d, n, m, topk_chunks, topk_groups, chunk_size, routing, route_block, super_chunk)
 
 
 def limits(

@@ -19,7 +19,7 @@ LARGEST_HEAD = 512
 LARGEST_GRID = 65535
 
 
-def rejects(k: Tensor, **rest: Any) -> str | None:
+def rejects(k: Tensor, *rest: Any) -> str | None:
     from ..attention.triton_forward import INTERPRET
 
     if k.dtype not in DTYPES:
