@@ -60,8 +60,9 @@ def test_against_float64(t, dtype):
     assert (routes >= 0).any()
 
 
-@pytest.mark.parametrize("group", [1, 4, 8])
-@pytest.mark.parametrize("d", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("group", "d"), [*((g, d) for g in (1, 4, 8) for d in (64, 80, 128)), (2, 256), (3, 200), (6, 5)]
+)
 def test_heads_and_widths(group, d):
     check(tensors(150, 3, hq=group, hkv=1, d=d, dtype=DTYPES[(group + d) % 3]), config())
 
@@ -158,6 +159,30 @@ def test_what_is_no_number_reaches_those_who_see_it(where, poison):
         torch.testing.assert_close(found[0][~hit], clean[0][~hit], rtol=0, atol=1e-6)
 
 
+def test_a_key_with_an_infinity_changes_nothing_for_those_who_do_not_see_it():
+    """Who sees it gets NaN, or where its score is -inf, the sums without it."""
+    x, c = tensors(150, 6), config()
+    out, lse, routes = attend(x, c, "triton")
+    q, k, v = (y.double() for y in x)
+    without = 0
+    for token in (10, 4 * int(routes[0, 3, 2, 0]) + 1, 140):
+        y = [z.clone() for z in x]
+        y[1][0, token, 1, 3] = torch.inf
+        found, found_lse, _ = attend(y, c, "triton", routes=routes)
+        hit = attend(y, c, "reference", routes=routes)[0].isnan().any(-1)[0]
+        assert hit.any() and not hit.all()
+        assert torch.equal(found[0][~hit], out[0][~hit])
+        # scores of the token for the heads that read it: +inf or -inf with the sign of q's dim 3
+        lost = hit & (x[0][0, ..., 3] < 0)
+        without += int(lost.sum())
+        assert found[0][hit & ~lost].isnan().all() and found_lse[0].T[hit & ~lost].isnan().all()
+        all_mass = lse[0].T.double()[lost].exp()
+        own = (q[0][lost] @ k[0, token, 1] * 0.25).exp()
+        rest = out[0].double()[lost] * all_mass[:, None] - own[:, None] * v[0, token, 1]
+        torch.testing.assert_close(found[0][lost].double(), rest / (all_mass - own)[:, None], rtol=0, atol=1e-5)
+    assert without
+
+
 def test_routes_that_name_what_they_may_not_are_passed_over():
     """Of the sinks, the window, beyond the text, twice: every token is still attended once."""
     x = tensors(100, 1)
@@ -188,6 +213,27 @@ def test_gradients_are_the_references():
 
 
 @pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    """The last token of a text of more than 2^31 numbers, by a group far from both ends; no other memory is read."""
+    c, s, d = config(keep_first=0, keep_last=0), 2**24 + 16 * 100 + 5, 128
+    near = tensors(40, 1, hq=2, hkv=1, d=d, dtype=torch.bfloat16)
+    k, v = (torch.empty(1, s, 1, d, dtype=torch.bfloat16) for _ in "kv")
+    assert k.numel() > 2**31
+    group = 2**22 + 50
+    for far, y in ((k, near[1]), (v, near[2])):
+        far[:, 4 * group : 4 * group + 4] = y[:, 8:12]
+        far[:, -5:] = y[:, -5:]
+    # in the near text the same tokens are group 2 and an active chunk of 5
+    short = [near[0], *(y[:, :37] for y in near[1:])]
+    for y, far in zip(short[1:], (k, v), strict=True):
+        y[:, 32:] = far[:, -5:]
+    one, two = (torch.tensor([i], dtype=torch.int32).expand(1, 1, 2, 1) for i in (group, 2))
+    found, expected = attend((near[0], k, v), c, "triton", routes=one), attend(short, c, "triton", routes=two)
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
 def test_opcheck():
     x, c = tensors(60, 5), config()
     rest = (Rope.from_theta(1e4, 16).inv_freq, None, None, None, c.group_size, *budgets(c), 0.25, "triton")
@@ -213,5 +259,7 @@ def test_what_it_does_not_serve_it_says():
         attend(x, config(super_chunk=2, topk_supers=1), "triton")
     with pytest.raises(ImplError, match=r"q is torch\.float64"):
         attend([y.double() for y in x], config(), "triton")
+    with pytest.raises(ImplError, match="head_dim up to 256, q has 264"):
+        attend(tensors(40, 2, d=264), config(), "triton")
     with pytest.raises(ImplError, match="topk_groups is 300"):
         attend(x, config(), "triton", routes=torch.full((1, 2, 4, 300), -1, dtype=torch.int32))

@@ -61,8 +61,7 @@ def test_without_a_window_the_previous_chunk_is_forced(routing):
         assert (found >= 0).any(-1).all()
 
 
-@pytest.mark.parametrize("group", [1, 4, 8])
-@pytest.mark.parametrize("d", [64, 80, 128])
+@pytest.mark.parametrize(("group", "d"), [*((g, d) for g in (1, 4, 8) for d in (64, 80, 128)), (2, 256), (3, 5)])
 def test_heads_and_widths(group, d):
     dtype = DTYPES[(group + d) % 3]
     same(tables(3, 20, hq=group, hkv=1, d=d, dtype=dtype), config(topk_groups=2 + group))
@@ -167,8 +166,27 @@ def test_fuzz(seed):
     same(tables(t, n, c=c, b=b, hq=heads, hkv=hkv, d=d, dtype=dtype, seed=seed), c, positions=positions)
 
 
+@pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    """The last chunks of more than 2^31 numbers of groups; no other memory is read."""
+    n, d = 2**22 + 20, 128
+    c = config(keep_first=n - 8, topk_chunks=2, topk_groups=3)
+    near = tables(1, 8, hq=2, hkv=1, d=d, dtype=torch.bfloat16)
+    far = [x.new_empty((1, n, *x.shape[2:])) for x in near[1:]]
+    assert far[1].numel() > 2**31
+    for whole, x in zip(far, near[1:], strict=True):
+        whole[:, -8:] = x
+    at = torch.tensor([[16 * (n + 1)]])
+    found = hga_route(near[0], *far, c, positions=at, impl="triton")
+    here = torch.tensor([[16 * 9]])
+    expected = hga_route(*near, config(keep_first=0, topk_chunks=2, topk_groups=3), positions=here, impl="triton")
+    assert (expected >= 0).all() and torch.equal(found, expected + 4 * (n - 8))
+
+
 def test_what_it_does_not_serve_it_says():
     x = tables(2, 9)
+    with pytest.raises(ImplError, match="head_dim up to 256, q has 300"):
+        hga_route(*tables(2, 9, d=300), config(), impl="triton")
     with pytest.raises(ImplError, match="no super-chunks"):
         hga_route(*x, config(super_chunk=2, topk_supers=1), impl="triton")
     with pytest.raises(ImplError, match=r"q is torch\.float64"):

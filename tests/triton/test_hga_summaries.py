@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from far_programs import only_ends
 
 from hici_kernels import ImplError, Rope
 from hici_kernels.ops.hga_summaries import triton as launch
@@ -19,6 +20,7 @@ SHAPES = {
     "odd": (1, 40, 1, 5, 6, 3, 2, 1e3),
     "one token a chunk": (1, 9, 2, 64, 1, 1, 64, 1e4),
     "group is chunk": (1, 100, 2, 128, 80, 80, 128, 1e6),
+    "wide": (1, 40, 1, 256, 32, 16, 256, 1e6),
 }
 
 
@@ -78,6 +80,30 @@ def test_columns_say_where_tokens_are():
         assert torch.equal(f, e)
 
 
+def test_a_key_that_is_not_finite_stays_in_its_own_pairs():
+    k, options = keys("ragged", torch.float32)
+    k[0, 3, 0, 0], k[0, 5, 1, 15], k[1, 20, 0, 6] = torch.inf, NAN, -torch.inf
+    found = hga_summaries(k, impl="triton", **options)
+    exact, plain = (hga_summaries(x, impl="reference", **options) for x in (k.double(), k))
+    for f, e, p in zip(found, exact, plain, strict=True):
+        kept = e.isfinite()
+        assert torch.equal(f.isfinite(), kept) and not kept.all()
+        assert_within_budget(e[kept], f[kept], p[kept], "finite")
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    n, d = 2**17 + 8, 128
+    k = torch.empty(1, 128 * n, 1, d, dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    options = {"rope": Rope.from_theta(1e6, d), "chunk_size": 128, "group_size": 64}
+    k[:, -256:] = torch.randn(1, 256, 1, d, generator=torch.Generator().manual_seed(0)).to(k.dtype)
+    with only_ends():
+        found = hga_summaries(k, impl="triton", **options)
+    for f, e in zip(found, hga_summaries(k[:, -256:], impl="triton", **options), strict=True):
+        assert e.any() and torch.equal(f[:, -2:], e)
+
+
 @pytest.mark.parametrize("s", [0, 15])
 def test_no_closed_chunk(s):
     k, options = keys("ragged", torch.float32)
@@ -89,3 +115,5 @@ def test_what_it_does_not_serve_it_says():
     k, options = keys("ragged", torch.float64)
     with pytest.raises(ImplError, match=r"k is torch\.float64"):
         hga_summaries(k, impl="triton", **options)
+    with pytest.raises(ImplError, match="head_dim up to 512, k has 520"):
+        hga_summaries(torch.zeros(1, 20, 1, 520), impl="triton", **options)

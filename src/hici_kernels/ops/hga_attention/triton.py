@@ -7,6 +7,11 @@ built for a bounded number of queries at a time; nothing is read back from the d
 tensors' dtype and sum in float32 (float32 without tf32); weights are rounded to the tensors' dtype before they multiply
 V. Deterministic: no atomics, every sum in a fixed order. float32, bfloat16, float16; not float64.
 
+Unsupported: keys that hold an infinity. Queries that do not see one are as if it were not there; those that see it get
+NaN, or the sums without it where its score is -inf (the reference: always NaN), and the summaries of its chunk are inf
+or NaN where the reference's may be the other, which decides what is routed to that chunk. NaN in keys, NaN and
+infinities in values are as in the reference: NaN for those who see them, nothing for the others.
+
 Gradients are the reference's, on the device of the tensors.
 """
 

@@ -324,6 +324,8 @@ def _pooled(
         runs = t
     starts = run_starts(p, runs, chunk_size, block)
     k, kg, block_t = power(budgets.picks), power(budgets.budget), power(span, 16)
+    # "block" keeps two lists of the highest in registers beside a tile of scores: half the keys at a time
+    block_n = max(config["BLOCK_N"], k, kg) if block is None else max(min(config["BLOCK_N"], 32), k, 16)
     families = 1 if share == "kv" else r
     route_runs[(runs, hkv * families, b)](
         q,
@@ -351,7 +353,7 @@ def _pooled(
         HEAD_DIM=d,
         BLOCK_D=power(d, 16),
         BLOCK_T=block_t,
-        BLOCK_N=max(config["BLOCK_N"], k, kg if block is None else 16),
+        BLOCK_N=block_n,
         GROUPS=m,
         GROUPS_PACK=max(power(m), 16 // k),
         SHARED=share == "kv",
