@@ -35,6 +35,8 @@ from .table import FOLDER, Entry, read, tables, write
 
 SEGMENTS = (1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 80, 96, 128, 256)
+#: of those, the ones that routed attention has entries for
+ROUTED_DIMS = (64, 128, 256)
 ROUNDS = 11
 # A candidate must be faster by this much to be moved to: less is noise.
 GAIN = 0.01
@@ -118,7 +120,9 @@ def shapes(ops: list[str], dims: list[int], lens: list[int], dtypes: list[str]) 
             elif op == "hga_route":
                 yield Shape(op, (128, 0), route_case(512, 4096, dtype))
             elif op == "hga_attention":
-                yield Shape(op, (128, 0), routed_case(32768, 4096, dtype))
+                for d in dims:
+                    if d in ROUTED_DIMS:
+                        yield Shape(op, (d, 0), routed_case(32768, 4096, dtype, d))
             if op.startswith("global_stats"):
                 for n in (4, 4096):
                     yield Shape(op, (4096, n), stats_case(f"{n} segments", n, dtype, False))

@@ -2,8 +2,8 @@
 
 A chunk's summaries are a function of its own keys, so a cache forms those of the chunk it has just closed with
 :func:`into`, straight into its tables. float32, bfloat16, float16; not float64. Infinities in keys give results that
-are not finite where the reference's are not, but which of them are inf and which NaN may differ: a chunk's key is turned
-twice, from its tokens to the anchor of their group and from there to its own.
+are not finite where the reference's are not, but which of them are inf and which NaN may differ: a chunk's key is
+turned twice, from its tokens to the anchor of their group and from there to its own.
 """
 
 from __future__ import annotations
