@@ -171,5 +171,5 @@ def attention(device: torch.device) -> Iterator[Check]:
         yield problem("one kv head, scale below 0", dtype, hkv=1, scale=-0.05)
         yield problem("8 heads of a kv head", dtype, hq=8, hkv=1, t=70)
         for tokens, what in ((1 << 16, "64K"), (1 << 20, "1M")):
-            long = {"keep_last": 8, "topk_chunks": 16, "topk_groups": 32}
+            long: dict[str, Any] = {"keep_last": 8, "topk_chunks": 16, "topk_groups": 32}
             yield problem(f"one query, {what} tokens", dtype, b=1, s=tokens + 37, t=1, hq=8, gradients=False, **long)
