@@ -11,8 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hici_kernels.bench import gpu_attention, gpu_cases, gpu_checks, gpu_run, gpu_timing
+from hici_kernels.bench import gpu_attention, gpu_cases, gpu_check, gpu_checks, gpu_hga_cases, gpu_run, gpu_timing
 from hici_kernels.bench.case import Inputs, Outputs
+from hici_kernels.bench.gpu_case import Baseline, GpuCase
 from hici_kernels.bench.gpu_dense import dense_attention
 from hici_kernels.bench.shapes import Layer
 from hici_kernels.cli.main import app
@@ -23,7 +24,7 @@ TINY = Layer("tiny", 64, 4, 2, 16)
 REFERENCE = "reference's sequence"
 
 
-def tiny_cases(dtype: torch.dtype = torch.float32) -> list[gpu_cases.GpuCase]:
+def tiny_cases(dtype: torch.dtype = torch.float32) -> list[GpuCase]:
     """The kinds of cases of the suite, small; of the baselines those a CPU has."""
     attention = gpu_cases.attention_case(TINY, 64, 16, dtype, "tiny")
     attention = dataclasses.replace(attention, baselines={REFERENCE: attention.baselines[REFERENCE]})
@@ -32,10 +33,14 @@ def tiny_cases(dtype: torch.dtype = torch.float32) -> list[gpu_cases.GpuCase]:
         gpu_cases.slots_case(TINY, 64, 16, dtype, width=32, heads=4),
         gpu_cases.stats_case("tiny", 4, dtype, False, h=32),
         gpu_cases.stats_case("tiny", 4, dtype, True, h=32),
+        gpu_hga_cases.summaries_case(200, dtype, 16),
+        gpu_hga_cases.route_case(20, 3, dtype, 16),
+        gpu_hga_cases.routed_case(128, 128, dtype, 16),
+        gpu_hga_cases.decode_case(1280, dtype, 16),
     ]
 
 
-def measure_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[gpu_cases.GpuCase]) -> tuple[int, dict]:
+def measure_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[GpuCase]) -> tuple[int, dict]:
     few = {c.op: c for c in reversed(list(gpu_checks.checks(CPU, ("global_stats",))))}
     monkeypatch.setattr(gpu_run, "checks", lambda device, ops: [few["global_stats"]])
     code = gpu_run.measure_all(
@@ -65,11 +70,11 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 0
     assert (tmp_path / "b" / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert [r["correct"] for r in report["checks"]] == [True]
-    assert {(r["op"], r["direction"]) for r in report["cases"]} == {
-        (op, d) for op in gpu_checks.OPS for d in gpu_run.DIRECTIONS
-    }
+    both = {op for op in gpu_checks.OPS if not op.startswith("hga")}
+    expected = {(op, "forward") for op in gpu_checks.OPS} | {(op, "backward") for op in both}
+    assert {(r["op"], r["direction"]) for r in report["cases"]} == expected
     for row in report["cases"]:
-        for name in ("reference", REFERENCE):
+        for name in ("reference", REFERENCE) if row["op"] in both else ("reference",):
             side = row["sides"][name]
             assert side["median_s"] > 0 and side["same_work"]
             assert side["flops_per_s"] == pytest.approx(row["flops"] / side["median_s"])
@@ -77,7 +82,8 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             assert side["matmul_share"] == pytest.approx(side["flops_per_s"] / matmul)
             copy = report["ceilings"]["copy_bytes_per_s"]
             assert side["copy_share"] == pytest.approx(row["bytes"] / side["median_s"] / copy)
-        assert row["sides"]["reference"]["correct"] is True
+        assert row["op"] not in both or row["sides"]["reference"]["correct"] is True
+        assert row["op"] != "hga_attention" or "median_s" in row["sides"]["sdpa, every token"]
     printed = capsys.readouterr().out
     assert "TFLOP/s" in printed and "WRONG" not in printed
 
@@ -110,7 +116,7 @@ def test_a_baseline_that_cannot_run_is_a_line_not_the_end(tmp_path: Path, monkey
         raise RuntimeError("No available kernel")
 
     case = tiny_cases()[2]
-    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(broken, 1), **case.baselines})
+    case = dataclasses.replace(case, baselines={"x": Baseline(broken, 1), **case.baselines})
     code, report = measure_tiny(tmp_path, monkeypatch, [case])
     assert code == 0
     assert all("No available kernel" in row["sides"]["x"]["error"] for row in report["cases"])
@@ -131,7 +137,7 @@ def test_a_backward_that_cannot_run_is_a_line_too(tmp_path: Path, monkeypatch: p
         return lambda: (Once.apply(leaf).sum(),), [leaf]
 
     case = tiny_cases()[2]
-    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False), **case.baselines})
+    case = dataclasses.replace(case, baselines={"x": Baseline(prepare, 1, False), **case.baselines})
     code, report = measure_tiny(tmp_path, monkeypatch, [case])
     assert code == 0
     for row in report["cases"]:
@@ -161,7 +167,7 @@ def test_compiled_baselines_keep_their_buffers(tmp_path: Path, monkeypatch: pyte
         return lambda: (Spy.apply(leaf),), [leaf]
 
     case = tiny_cases()[2]
-    case = dataclasses.replace(case, baselines={"x": gpu_cases.Baseline(prepare, 1, False)})
+    case = dataclasses.replace(case, baselines={"x": Baseline(prepare, 1, False)})
     measure_tiny(tmp_path, monkeypatch, [case])
     assert len(seen) > 3 and set(seen) == {(False, False)}
 
@@ -229,7 +235,7 @@ def test_an_error_above_the_budget_is_wrong_unless_it_is_unusual(factors, correc
     assert next(calls, None) is None
 
 
-def small_attention_problems() -> list[gpu_checks.Check]:
+def small_attention_problems() -> list[gpu_check.Check]:
     skipped = ("segments of 4096", "D 64", "D 80", "D 96", "D 256")
     return [c for c in gpu_checks.checks(CPU, ("attention",)) if c.name not in skipped and c.dtype == torch.float32]
 
@@ -278,6 +284,9 @@ def test_the_suite_holds_the_shapes_it_promises() -> None:
     for tokens, length in ((16384, 4096), (32768, 8192), (49152, 12288), *((16384, n) for n in gpu_cases.SEGMENTS)):
         assert any(f" {tokens} tokens, segments of {length}," in s for s in shapes)
     assert [c.op for c in gpu_cases.cases(["local_slots"])] == ["local_slots"] * 3
+    routed = [c.shape for c in found if c.op == "hga_attention"]
+    for what in ("1 query, 65536 tokens", "1 query, 1048576 tokens", "32768 queries, 32768 tokens"):
+        assert any(s.startswith(what) for s in routed)
 
 
 def test_bytes_and_flops_are_those_of_the_tensors() -> None:
@@ -294,10 +303,44 @@ def test_bytes_and_flops_are_those_of_the_tensors() -> None:
     assert slots.backward.bytes == 2 * sum(t.nbytes for t in x.values()) + out.nbytes
 
 
+def test_bytes_of_routed_attention_are_those_of_what_is_seen() -> None:
+    case = gpu_hga_cases.decode_case(1 << 16, torch.bfloat16)
+    windows, opened = 11 * 64, 32 * 16
+    tables = 1024 * 8 * 128 + 16 * 4 * 32 * 128  # chunk keys once, groups of the chunks that a head picks
+    assert case.forward.bytes == 2 * (2 * 128 * (windows * 8 + opened * 32) + tables)
+    assert case.forward.flops == 4 * 128 * 32 * (windows + opened) + 2 * 128 * 32 * (1024 + 64)
+
+
+@pytest.mark.parametrize("name", ["small chunks", "odd"])
+def test_problems_of_hga_catch_what_is_slightly_off(name: str) -> None:
+    """Another summary, another group, another sum."""
+    found = [c for c in gpu_checks.checks(CPU, gpu_checks.OPS[3:]) if c.name == name and c.dtype == torch.bfloat16]
+    assert found
+    for problem in found:
+        assert gpu_checks.run_check(problem, ["reference"])[0]["correct"] is True
+
+        def call(x: Inputs, impl: str, problem: gpu_check.Check = problem) -> Outputs:
+            first, *rest = problem.call(x, impl)
+            return (first.roll(1, -1) if problem.op == "hga_route" else 1.05 * first, *rest)
+
+        assert gpu_checks.run_check(dataclasses.replace(problem, call=call), ["reference"])[0]["correct"] is False
+
+
+def test_routes_of_the_problems_are_exact_in_every_dtype() -> None:
+    """What end-to-end comparison rests on: no rounding of means or scores decides a route."""
+    for problem in gpu_checks.checks(CPU, ("hga_route",)):
+        if problem.name == "small chunks":
+            x = problem.draw(0)
+            for wide, low in zip(problem.truth(x), problem.truth({k: v.bfloat16() for k, v in x.items()}), strict=True):
+                assert torch.equal(wide, low.double())
+
+
 def test_arguments_are_those_of_the_implementations() -> None:
     from hici_kernels import _dispatch
 
     for case in tiny_cases():
+        if case.arguments is None:  # two operations
+            continue
         module, _ = _dispatch.load(case.op, "reference")
         x = case.inputs(CPU)
         found = module.forward(*case.arguments(x))

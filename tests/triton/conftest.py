@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 NO_TESTS = 5
 
 # helpers of this folder, and the oracles of the others
-for folder in (FOLDER, FOLDER.parent / "hici", FOLDER.parent / "stats"):
+for folder in (FOLDER, FOLDER.parent / "hici", FOLDER.parent / "stats", FOLDER.parent / "hga"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -10,7 +10,7 @@ from hici_kernels.bench import gpu_checks
 pytest.importorskip("triton.language")
 
 CPU = torch.device("cpu")
-FAST = {("global_stats", "odd width"), ("attention", "one token")}
+FAST = {("global_stats", "odd width"), ("attention", "one token"), ("hga_summaries", "odd")}
 SLOW = {
     ("attention", "the last 5 positions"),
     ("local_slots", "odd widths"),
@@ -18,6 +18,9 @@ SLOW = {
     ("local_slots", "packed"),
     ("global_stats", "packed"),
     ("global_stats", "left out, causal"),
+    ("hga_summaries", "half of the dims turn"),
+    ("hga_route", "small chunks"),
+    ("hga_attention", "small chunks"),
 }
 
 

@@ -121,8 +121,8 @@ Problems = Iterator[tuple[str, tuple[Any, ...]]]
 
 
 def _thorough(entry: Entry) -> bool:
-    """Whether an entry is compiled in the rarer variants too: one dtype stands for all, and one hidden size."""
-    return entry.dtype == "bfloat16" and (entry.op.startswith("attention") or entry.head_dim == 4096)
+    """Whether an entry is compiled in the rarer variants too: one dtype and one width stand for all."""
+    return entry.dtype == "bfloat16" and (entry.op.startswith("attention") or entry.head_dim in (4096, 128))
 
 
 def _attention(entry: Entry) -> Problems:
@@ -201,10 +201,64 @@ def _global_stats(entry: Entry) -> Problems:
             yield f"{kind}, packed", (local[:1], causal, None, cu)
 
 
+def _hga_summaries(entry: Entry) -> Problems:
+    dtype, d = getattr(torch, entry.dtype), entry.head_dim
+    k = torch.empty(2, 256, 8, d, dtype=dtype, device=NOWHERE)
+    at = torch.empty(2, 256, dtype=torch.int64, device=NOWHERE)
+    for half, what in ((d // 2, ""), (d // 4, ", half of the dims turn")):
+        inv_freq = torch.empty(half, device=NOWHERE)
+        yield f"consecutive{what}", (k, inv_freq, None, 64, 16)
+        yield f"positions{what}", (k, inv_freq, at, 64, 16)
+
+
+# of 64 chunks of history and more: chunk_size, keep_first, keep_last, topk_chunks, topk_groups
+DEFAULT_BUDGETS = (64, 2, 8, 16, 32)
+NO_WINDOW = (64, 2, 0, 16, 32)
+
+
+def _hga_route(entry: Entry) -> Problems:
+    dtype, d = getattr(torch, entry.dtype), entry.head_dim
+
+    def call(t: int, n: int, budgets: tuple[int, ...], *rule: Any, positions: bool = False) -> tuple[Any, ...]:
+        q = torch.empty(2, t, 32, d, dtype=dtype, device=NOWHERE)
+        tables = (torch.empty(2, n, *x, 8, d, dtype=dtype, device=NOWHERE) for x in ((), (4,)))
+        at = torch.empty(2, t, dtype=torch.int64, device=NOWHERE) if positions else None
+        return (q, *tables, at, 0, *budgets, *rule, 0, 0, None)
+
+    yield "strict, prefill", call(4096, 64, DEFAULT_BUDGETS, "strict", 64, "query")
+    yield "strict, decode", call(1, 4096, DEFAULT_BUDGETS, "strict", 64, "query")
+    if _thorough(entry):
+        yield "strict, kv, decode", call(1, 4096, NO_WINDOW, "strict", 64, "kv", positions=True)
+        yield "prefix", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query")
+        yield "block, kv, positions, no window", call(256, 64, NO_WINDOW, "block", 64, "kv", positions=True)
+
+
+def _hga_attention(entry: Entry) -> Problems:
+    dtype, d = getattr(torch, entry.dtype), entry.head_dim
+
+    def call(t: int, s: int, hkv: int, given: bool, scale: float) -> tuple[Any, ...]:
+        q = torch.empty(2, t, 32, d, dtype=dtype, device=NOWHERE)
+        k, v = (torch.empty(2, s, hkv, d, dtype=dtype, device=NOWHERE) for _ in "kv")
+        inv_freq = torch.empty(d // 2, device=NOWHERE)
+        mask = torch.empty(2, s, dtype=torch.bool, device=NOWHERE) if given else None
+        # routes as a cache gives them: summaries and scores are other tables' business
+        routes = torch.empty(2, t, 32, 32, dtype=torch.int32, device=NOWHERE)
+        return (q, k, v, inv_freq, None, mask, routes, 16, *DEFAULT_BUDGETS, "strict", 64, "query", 0, 0, scale)
+
+    yield "prefill", call(4096, 4096, 8, False, d**-0.5)
+    # few rows: low tiles, and runs of keys
+    yield "decode", call(1, 16384, 8, False, d**-0.5)
+    if _thorough(entry):
+        yield "mask, scale below 0", call(4096, 4096, 8, True, -1.0)
+
+
 PROBLEMS: dict[str, Callable[[Entry], Problems]] = {
     "attention": _attention,
     "local_slots": _local_slots,
     "global_stats": _global_stats,
+    "hga_summaries": _hga_summaries,
+    "hga_route": _hga_route,
+    "hga_attention": _hga_attention,
 }
 
 

@@ -8,7 +8,6 @@ output once more, and every gradient once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from ..ops.local_slots.api import local_slots
 from .attention import K, M, pairs
 from .case import Inputs, Outputs
 from .gpu_attention import BASELINES
+from .gpu_case import Baseline, GpuCase, Work
+from .gpu_hga_cases import hga_cases
 from .shapes import Layer
 
 LLAMA2_7B = Layer("Llama-2-7B", 4096, 32, 32, 128)
@@ -27,46 +28,6 @@ LLAMA3_8B = Layer("Llama-3-8B", 4096, 32, 8, 128)
 QWEN3_8B = Layer("Qwen3-8B", 4096, 32, 8, 128)
 MODELS = ((LLAMA2_7B, 16384, 4096), (LLAMA3_8B, 32768, 8192), (QWEN3_8B, 49152, 12288))
 SEGMENTS = (1024, 2048, 4096, 8192, 16384)
-
-#: a baseline: inputs, options -> (call, the tensors to differentiate), everything it may prepare already done
-Prepare = Callable[[Inputs, dict[str, Any]], tuple[Callable[[], Outputs], list[Tensor]]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a pass must do at least."""
-
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Something measured beside the kernels. ``same``: its first output must agree with theirs."""
-
-    prepare: Prepare
-    forward_flops: int
-    same: bool = True
-
-
-@dataclass(frozen=True)
-class GpuCase:
-    """One operation at one shape; ``inputs`` makes random tensors of ``dtype`` on a device."""
-
-    op: str
-    name: str
-    shape: str
-    dtype: torch.dtype
-    inputs: Callable[[torch.device], Inputs]
-    options: dict[str, Any]
-    call: Callable[[Inputs, str], Outputs]
-    forward: Work
-    backward: Work
-    baselines: dict[str, Baseline] = field(default_factory=dict)
-    arguments: Callable[[Inputs], tuple[Any, ...]] | None = None
-
-    def work(self, direction: str) -> Work:
-        return self.forward if direction == "forward" else self.backward
 
 
 def cases(ops: list[str] | None = None, dtype: torch.dtype = torch.bfloat16) -> list[GpuCase]:
@@ -79,6 +40,7 @@ def cases(ops: list[str] | None = None, dtype: torch.dtype = torch.bfloat16) -> 
         stats_case("4 segments of a 7B layer", 4, dtype, True),
         stats_case("256 MiB", 4096, dtype, False),
         stats_case("256 MiB", 4096, dtype, True),
+        *hga_cases(dtype),
     ]
     return [c for c in found if ops is None or c.op in ops]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,31 +21,27 @@ from ..ops.attention.api import attention
 from ..ops.global_stats.api import global_stats
 from ..ops.local_slots.api import local_slots
 from ..testing.tolerance import budget, error
+from . import gpu_hga_checks
 from .case import Inputs, Outputs
+from .gpu_check import ALL, Check
 from .gpu_dense import dense_attention, seeded
 
-HALF = (torch.bfloat16, torch.float16)
-ALL = (*HALF, torch.float32)
-OPS = ("attention", "local_slots", "global_stats")
+OPS = ("attention", "local_slots", "global_stats", "hga_summaries", "hga_route", "hga_attention")
 DRAWS = 5
-
-
-@dataclass(frozen=True)
-class Check:
-    """A small problem: ``draw(i)`` makes inputs in float64, ``call`` by an implementation, ``truth`` in any dtype."""
-
-    op: str
-    name: str
-    dtype: torch.dtype
-    draw: Callable[[int], Inputs]
-    call: Callable[[Inputs, str], Outputs]
-    truth: Callable[[Inputs], Outputs]
 
 
 def checks(device: torch.device, ops: tuple[str, ...] = OPS) -> Iterator[Check]:
     """All problems, made one at a time."""
+    of = {
+        "attention": _attention,
+        "local_slots": _local_slots,
+        "global_stats": _global_stats,
+        "hga_summaries": gpu_hga_checks.summaries,
+        "hga_route": gpu_hga_checks.routes,
+        "hga_attention": gpu_hga_checks.attention,
+    }
     for op in ops:
-        yield from {"attention": _attention, "local_slots": _local_slots, "global_stats": _global_stats}[op](device)
+        yield from of[op](device)
 
 
 def run_check(problem: Check, impls: list[str]) -> list[dict[str, Any]]:
@@ -84,12 +79,16 @@ class _Draw:
     def __init__(self, problem: Check, number: int) -> None:
         self.problem = problem
         self.low = {k: v.to(problem.dtype) for k, v in problem.draw(number).items()}
-        self.truth = [y.double() for y in _with_gradients(problem.truth, {k: v.double() for k, v in self.low.items()})]
-        self.plain = _with_gradients(problem.truth, self.low)
+        wide = {k: v.double() for k, v in self.low.items()}
+        self.truth = [y.double() for y in self.outputs(problem.truth, wide)]
+        self.plain = self.outputs(problem.truth, self.low)
+
+    def outputs(self, call: Callable[[Inputs], Outputs], inputs: Inputs) -> list[Tensor]:
+        return _with_gradients(call, inputs) if self.problem.gradients else list(call(inputs))
 
     def errors(self, impl: str) -> list[tuple[float, float]]:
         """(error, budget) of every output and gradient."""
-        found = _with_gradients(lambda x: self.problem.call(x, impl), self.low)
+        found = self.outputs(lambda x: self.problem.call(x, impl), self.low)
         triples = zip(self.truth, self.plain, found, strict=True)
         return [(error(t, f), budget(t, p, self.problem.dtype)) for t, p, f in triples]
 

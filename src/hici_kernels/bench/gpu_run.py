@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import _dispatch
 from . import gpu_report, machine
 from .chart import require_matplotlib
-from .gpu_cases import GpuCase, cases
+from .gpu_case import GpuCase
+from .gpu_cases import cases
 from .gpu_checks import OPS, checks, implementations, run_check
 from .gpu_timing import Clock, DeviceClock, alternate, ceilings
 
@@ -116,7 +117,9 @@ def measure_all(
     gpu_report.show_ceilings(console, found)
     rows = []
     with repeatable_backward():
-        for case, direction in progress([(c, d) for c in plan for d in DIRECTIONS], "measuring"):
+        # an operation without a backward of its own has no work there
+        pairs = [(c, d) for c in plan for d in DIRECTIONS if c.work(d).flops]
+        for case, direction in progress(pairs, "measuring"):
             right = [i for i in sides[case.op] if (case.op, i) not in wrong]
             rows.append(measure(case, direction, right, device, clock, rounds, found))
     gpu_report.show_rows(console, rows)

@@ -549,7 +549,7 @@ def merge_splits(
         part = tl.load(parts + (s * rows + r)[:, None] * HEAD_DIM + c[None, :], mask=kept, other=0.0)
         total += weight
         acc += weight[:, None] * part
-    some = total > 0.0
+    some = total != 0.0
     inverse = 1.0 / tl.where(some, total, 1.0)
     tl.store(out + r[:, None] * HEAD_DIM + c[None, :], (acc * inverse[:, None]).to(out.dtype.element_ty), mask=kept)
     value = tl.where(some, base + tl.log2(tl.where(some, total, 1.0)) * LN2, float("-inf"))

@@ -1,0 +1,169 @@
+"""The HGA operations at one layer of Qwen3-8B, for ``hici bench --suite gpu`` and ``hici tune``.
+
+FLOPs and bytes are what a pass must do at least: of routed attention those of the tokens that are seen, every group
+read once for all queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import HGAConfig
+from ..ops.hga_attention.api import hga_attention
+from ..ops.hga_attention.op import attention_forward
+from ..ops.hga_route.api import budgets, hga_route
+from ..ops.hga_summaries.api import hga_summaries
+from ..rope import Rope
+from .case import Inputs, Outputs
+from .gpu_case import Baseline, GpuCase, Work
+
+HEADS, KV_HEADS = 32, 8
+NO_BACKWARD = Work(0, 0)
+
+
+def _random(device: torch.device, dtype: torch.dtype, *sizes: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator(device).manual_seed(0)
+    return [torch.randn(size, generator=g, device=device).to(dtype) for size in sizes]
+
+
+def hga_cases(dtype: torch.dtype) -> list[GpuCase]:
+    """What ``hici bench --suite gpu`` measures of HGA."""
+    return [
+        summaries_case(32768, dtype),
+        route_case(512, 4096, dtype),
+        route_case(1024, 1, dtype),
+        route_case(16384, 1, dtype),
+        routed_case(32768, 32768, dtype),
+        routed_case(32768, 4096, dtype),
+        decode_case(1 << 16, dtype),
+        decode_case(1 << 20, dtype),
+    ]
+
+
+def summaries_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
+    """Summaries of a whole text."""
+    c, rope = HGAConfig(), Rope.from_theta(1e6, d)
+    sizes: dict[str, Any] = {"chunk_size": c.chunk_size, "group_size": c.group_size}
+    numbers = tokens * KV_HEADS * d
+    outs = tokens // c.chunk_size * (1 + c.groups_per_chunk) * KV_HEADS * d
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        return hga_summaries(x["k"], rope=rope, impl=impl, **sizes)
+
+    return GpuCase(
+        op="hga_summaries",
+        name=f"{tokens} tokens",
+        shape=f"{tokens} tokens, {KV_HEADS} kv heads, D {d}, chunks of {c.chunk_size}, groups of {c.group_size}",
+        dtype=dtype,
+        inputs=lambda device: dict(zip("k", _random(device, dtype, (1, tokens, KV_HEADS, d)), strict=True)),
+        options=sizes,
+        call=call,
+        forward=Work(5 * numbers, dtype.itemsize * (numbers + outs)),
+        backward=NO_BACKWARD,
+        arguments=lambda x: (x["k"], rope.inv_freq, None, c.chunk_size, c.group_size),
+    )
+
+
+def route_case(chunks: int, queries: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
+    """Routes of the last queries of a history, strict."""
+    c = HGAConfig()
+    m = c.groups_per_chunk
+    names = ("q", "chunk_keys", "group_keys")
+    shapes = ((1, queries, HEADS, d), (1, chunks, KV_HEADS, d), (1, chunks, m, KV_HEADS, d))
+    scanned = queries * HEADS * (chunks + c.topk_chunks * m)
+    read = chunks * KV_HEADS * d + queries * HEADS * (d + c.topk_chunks * m * d)
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        return (hga_route(x["q"], x["chunk_keys"], x["group_keys"], c, impl=impl),)
+
+    return GpuCase(
+        op="hga_route",
+        name=f"{queries} queries over {chunks} chunks",
+        shape=f"{queries} queries, {chunks} chunks, {HEADS}/{KV_HEADS} heads, D {d}, {c.topk_chunks} chunks, "
+        f"{c.topk_groups} groups",
+        dtype=dtype,
+        inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
+        options={"config": c},
+        call=call,
+        forward=Work(2 * d * scanned, dtype.itemsize * read),
+        backward=NO_BACKWARD,
+        arguments=lambda x: (*(x[n] for n in names), None, 0, *budgets(c), None),
+    )
+
+
+def routed_case(tokens: int, queries: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
+    """Routed attention of the last queries of a text, routes found in the same call."""
+    c, rope, names = HGAConfig(), Rope.from_theta(1e6, d), "qkv"
+    shapes = ((1, queries, HEADS, d), (1, tokens, KV_HEADS, d), (1, tokens, KV_HEADS, d))
+    seen = min((c.keep_first + c.keep_last) * c.chunk_size + c.chunk_size // 2 + c.topk_groups * c.group_size, tokens)
+    rest = (c.group_size, *budgets(c), d**-0.5)
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        return (hga_attention(x["q"], x["k"], x["v"], c, rope=rope, impl=impl),)
+
+    return GpuCase(
+        op="hga_attention",
+        name=f"{queries} queries of {tokens} tokens",
+        shape=f"{queries} queries, {tokens} tokens, {HEADS}/{KV_HEADS} heads, D {d}, default budgets",
+        dtype=dtype,
+        inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
+        options={"config": c},
+        call=call,
+        forward=Work(4 * d * HEADS * queries * seen, dtype.itemsize * 2 * d * KV_HEADS * min(queries * seen, tokens)),
+        backward=NO_BACKWARD,
+        baselines={"sdpa, every token": Baseline(_dense, 2 * d * HEADS * tokens * tokens, same=False)}
+        if queries == tokens
+        else {},
+        arguments=lambda x: (*(x[n] for n in names), rope.inv_freq, None, None, None, *rest),
+    )
+
+
+def decode_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
+    """One query over a history of which a cache keeps the summaries: its route, and attention to what it shows."""
+    c, inv_freq, names = HGAConfig(), torch.ones(d // 2), ("q", "k", "v", "chunk_keys", "group_keys")
+    n, m = tokens // c.chunk_size, c.groups_per_chunk
+    seen = min((c.keep_first + c.keep_last + 1) * c.chunk_size + c.topk_groups * c.group_size, tokens)
+    shapes = (
+        (1, 1, HEADS, d),
+        (1, tokens, KV_HEADS, d),
+        (1, tokens, KV_HEADS, d),
+        (1, n, KV_HEADS, d),
+        (1, n, m, KV_HEADS, d),
+    )
+    rest = (c.group_size, *budgets(c), d**-0.5)
+    # windows are one for all heads; opened groups may be different ones of each
+    own = (seen - c.topk_groups * c.group_size) * KV_HEADS + c.topk_groups * c.group_size * HEADS
+    read = 2 * own * d + n * KV_HEADS * d + c.topk_chunks * m * HEADS * d
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        routes = hga_route(x["q"], x["chunk_keys"], x["group_keys"], c, impl=impl)
+        return (attention_forward(x["q"], x["k"], x["v"], inv_freq, None, None, routes, *rest, impl)[0],)
+
+    return GpuCase(
+        op="hga_attention",
+        name=f"decoding at {tokens} tokens",
+        shape=f"1 query, {tokens} tokens and their summaries, {HEADS}/{KV_HEADS} heads, D {d}, default budgets",
+        dtype=dtype,
+        inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
+        options={"config": c},
+        call=call,
+        forward=Work(4 * d * HEADS * seen + 2 * d * HEADS * (n + c.topk_chunks * m), dtype.itemsize * read),
+        backward=NO_BACKWARD,
+        baselines={"sdpa, every token": Baseline(_dense, 4 * d * HEADS * tokens, same=False)},
+    )
+
+
+def _dense(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
+    """Dense attention of the same queries: all of a text, or one."""
+    q, k, v = (x[n].transpose(1, 2) for n in "qkv")
+    causal = q.shape[2] > 1
+
+    def call() -> Outputs:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return (out.transpose(1, 2),)
+
+    return call, [q, k, v]
