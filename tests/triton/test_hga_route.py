@@ -13,6 +13,7 @@ from hici_kernels import HGAConfig, ImplError
 from hici_kernels.ops.hga_route import triton as launch
 from hici_kernels.ops.hga_route.api import budgets, hga_route
 from hici_kernels.ops.hga_route.op import route_forward
+from hici_kernels.tuning.chips import pretend
 
 pytest.importorskip("triton.language")
 
@@ -194,3 +195,13 @@ def test_what_it_does_not_serve_it_says():
     c = config(chunk_size=160, group_size=40, routing="prefix")
     with pytest.raises(ImplError, match="runs of up to 128 queries"):
         hga_route(*tables(2, 9, c=c), c, impl="triton")
+
+
+def test_block_is_left_to_the_reference_where_the_compiler_spills():
+    keys = tables(8, 4)
+    for arch, served in (("sm_90", True), ("sm_100", False), ("sm_120", False), ("gfx942", True), ("interpret", True)):
+        assert launch.serves_block(arch) is served
+        with pretend(arch):
+            reason = launch.rejects(*keys, None, 0, *budgets(config(routing="block")))
+            assert (reason is None) is served and (served or "block" in reason)
+            assert launch.rejects(*keys, None, 0, *budgets(config())) is None

@@ -217,6 +217,8 @@ NO_WINDOW = (64, 2, 0, 16, 32)
 
 
 def _hga_route(entry: Entry) -> Problems:
+    from ..ops.hga_route.triton import serves_block
+
     dtype, d = getattr(torch, entry.dtype), entry.head_dim
 
     def call(t: int, n: int, budgets: tuple[int, ...], *rule: Any, positions: bool = False) -> tuple[Any, ...]:
@@ -230,7 +232,8 @@ def _hga_route(entry: Entry) -> Problems:
     if _thorough(entry):
         yield "strict, kv, decode", call(1, 4096, NO_WINDOW, "strict", 64, "kv", positions=True)
         yield "prefix", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query")
-        yield "block, kv, positions, no window", call(256, 64, NO_WINDOW, "block", 64, "kv", positions=True)
+        if serves_block(entry.arch):
+            yield "block, kv, positions, no window", call(256, 64, NO_WINDOW, "block", 64, "kv", positions=True)
 
 
 def _hga_attention(entry: Entry) -> Problems:

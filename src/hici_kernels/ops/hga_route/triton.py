@@ -6,7 +6,7 @@ read back from the device. Products take operands in the tensors' dtype and sum 
 head_dim and the table's BLOCK_M and BLOCK_N alone. float32, bfloat16, float16; not float64. Deterministic.
 
 Not served, and left to the reference: super-chunks, budgets far beyond the defaults (below), and with "prefix" and
-"block" runs of more than 128 queries.
+"block" runs of more than 128 queries; "block" on sm_100 and later.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ... import tuning
 from ..._triton import rejects_device
 from ...tuning import multiprocessors
+from ...tuning.chips import generation, vendor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -31,6 +32,11 @@ MOST_POOLED = 256
 LONGEST_RUN = 128
 # Numbers of scratch between the two launches, in entries of 8 bytes.
 SCRATCH = 1 << 23
+
+
+def serves_block(arch: str) -> bool:
+    """Whether the two lists of "block" fit the registers: ptxas for sm_100 and later spills 140 KB a thread."""
+    return vendor(arch) != "nvidia" or generation(arch) < 100
 
 
 def rejects(
@@ -59,6 +65,8 @@ def rejects(
     foreign = rejects_device("q", q, INTERPRET.value)
     if foreign is not None:
         return foreign
+    if routing == "block" and not serves_block(tuning.architecture(q.device)):
+        return f'routing="block" is not served on {tuning.architecture(q.device)}: its compiler leaves no registers'
     return limits(b, hq, hkv, d, n, m, topk_chunks, topk_groups, chunk_size, routing, route_block, super_chunk)
 
 
@@ -326,6 +334,8 @@ def _pooled(
     k, kg, block_t = power(budgets.picks), power(budgets.budget), power(span, 16)
     # "block" keeps two lists of the highest in registers beside a tile of scores: half the keys at a time
     block_n = max(config["BLOCK_N"], k, kg) if block is None else max(min(config["BLOCK_N"], 32), k, 16)
+    # as many threads on chips whose warps are twice as wide
+    warps = (8 if block_t >= 64 else 4) // (2 if vendor(tuning.architecture(q.device)) == "amd" else 1)
     families = 1 if share == "kv" else r
     route_runs[(runs, hkv * families, b)](
         q,
@@ -362,7 +372,7 @@ def _pooled(
         K=k,
         KG=kg,
         # the whole run is in registers, with lists of its highest
-        num_warps=max(config["num_warps"], 8 if block_t >= 64 else 4),
+        num_warps=max(config["num_warps"], warps),
         num_stages=1,
     )
 
