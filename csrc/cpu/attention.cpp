@@ -68,7 +68,7 @@ double rounding(const float* x, int64_t count) {
 constexpr double kWorthThreads = 2e6;
 
 // What a call may cost in double to be computed directly: operations, and elements of gradients kept in double.
-constexpr double kDirectWork = 1 << 20, kDirectElements = 1 << 18;
+constexpr double kDirectWork = 1 << 19, kDirectElements = 1 << 18;
 
 double direct_work(const AttentionProblem& p) {
   const double slots = p.global.count + p.local.count, each = 2.0 * p.dim + 40;  // 40: an exponential
