@@ -4,18 +4,23 @@
 
 The three models of benchmarks/quality/hici_extension.py, same weights, same LoRA, same bytes, in one process, taking
 turns: forward, backward and AdamW on one row of float32. No seconds are printed before the loss and every gradient of
-each method agree with a float64 run of the same model (plain PyTorch inside) at half the context.
+each method have been held against a float64 run of the same model at half the context: they may err twice as much as
+the same model does whose operations are plain PyTorch (gradients of slots are sums that nearly cancel), or ALLOWED.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import importlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hici_extension import TINY, Sizes, build, nll, prepare, saved_bytes
@@ -27,7 +32,7 @@ from hici_kernels.bench.machine import describe, spread
 from hici_kernels.bench.memory import kept_memory, peak_bytes
 from hici_kernels.config import CONTEXT_MODES
 
-ALLOWED = 1e-4  # of the largest gradient of a parameter: float32 through whole layers
+ALLOWED = 1e-5  # of the largest gradient of a parameter: float32 through whole layers
 
 
 def models(sizes: Sizes, mode: str) -> dict[str, nn.Module]:
@@ -47,17 +52,37 @@ def gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), found
 
 
-def check(model: nn.Module, ids: Tensor) -> float:
-    """Largest difference of the loss and of any gradient from the float64 model, relative."""
-    loss, found = gradients(model, ids)
-    true_loss, truth = gradients(copy.deepcopy(model).double(), ids)
-    assert found.keys() == truth.keys() and found
-    worst = abs(loss - true_loss) / true_loss
-    for name, g in truth.items():
-        scale = float(g.abs().max())
+@contextlib.contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Every operation of this package by its reference."""
+    with contextlib.ExitStack() as stack:
+        for name in ("attention", "local_slots", "global_stats", "merge_attention"):
+            module = importlib.import_module(f"hici_kernels.ops.{name}.op")
+            chosen = module.select
+            stack.enter_context(
+                mock.patch.object(module, "select", lambda op, _, *rest, chosen=chosen: chosen(op, "reference", *rest))
+            )
+        yield
+
+
+def check(model: nn.Module, ids: Tensor) -> tuple[float, bool]:
+    """Largest difference of the loss and of any gradient from the float64 model, relative; whether all may be so."""
+    found = _numbers(*gradients(model, ids))
+    truth = _numbers(*gradients(copy.deepcopy(model).double(), ids))
+    with plain_pytorch():
+        plain = _numbers(*gradients(model, ids))
+    assert found.keys() == truth.keys() == plain.keys() and len(found) > 1
+    worst, right = 0.0, True
+    for name, x in truth.items():
+        scale = float(x.abs().max())
         if scale > 1e-12:
-            worst = max(worst, float((found[name] - g).abs().max()) / scale)
-    return worst
+            own, theirs = (float((y[name] - x).abs().max()) / scale for y in (found, plain))
+            worst, right = max(worst, own), right and own <= max(2 * theirs, ALLOWED)
+    return worst, right
+
+
+def _numbers(loss: float, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"": torch.tensor(loss, dtype=torch.float64), **grads}
 
 
 def measure(sizes: Sizes, mode: str, rounds: int) -> dict[str, Any]:
@@ -70,8 +95,8 @@ def measure(sizes: Sizes, mode: str, rounds: int) -> dict[str, Any]:
             for n, p in model.named_parameters():
                 if "lora_B" in n:
                     p.normal_(0, 0.02)
-        error = check(model, short)
-        rows[name] = {"error": error, "correct": error <= ALLOWED}
+        error, right = check(model, short)
+        rows[name] = {"error": error, "correct": right}
         if not rows[name]["correct"]:
             continue
         trained = [p for p in model.parameters() if p.requires_grad]
