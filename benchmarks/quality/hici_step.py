@@ -4,8 +4,9 @@
 
 The three models of benchmarks/quality/hici_extension.py, same weights, same LoRA, same bytes, in one process, taking
 turns: forward, backward and AdamW on one row of float32. No seconds are printed before the loss and every gradient of
-each method have been held against a float64 run of the same model at half the context: they may err twice as much as
-the same model does whose operations are plain PyTorch (gradients of slots are sums that nearly cancel), or ALLOWED.
+each method have been held against a float64 run of the same model with everything an eighth as long: in the usual of
+nine draws they may err twice as much as the model does whose operations are plain PyTorch (gradients of slots are sums
+that nearly cancel), or ALLOWED.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from hici_kernels.bench.machine import describe, spread
 from hici_kernels.bench.memory import kept_memory, peak_bytes
 from hici_kernels.config import CONTEXT_MODES
+from hici_kernels.testing.usual import assert_usually_within
 
 ALLOWED = 1e-5  # of the largest gradient of a parameter: float32 through whole layers
 
@@ -40,6 +42,10 @@ def models(sizes: Sizes, mode: str) -> dict[str, nn.Module]:
     found = {}
     for name, training in (("dense", "lora"), ("shifted (S2)", "s2"), (f"HiCI {mode}", f"hici-{mode}")):
         found[name] = prepare(build(sizes, 0), sizes, training, 0)
+        with torch.no_grad():  # LoRA starts at zero: half of its gradients would be
+            for n, p in found[name].named_parameters():
+                if "lora_B" in n:
+                    p.normal_(0, 0.02)
     return found
 
 
@@ -65,20 +71,31 @@ def plain_pytorch() -> Iterator[None]:
         yield
 
 
-def check(model: nn.Module, ids: Tensor) -> tuple[float, bool]:
-    """Largest difference of the loss and of any gradient from the float64 model, relative; whether all may be so."""
-    found = _numbers(*gradients(model, ids))
-    truth = _numbers(*gradients(copy.deepcopy(model).double(), ids))
-    with plain_pytorch():
-        plain = _numbers(*gradients(model, ids))
-    assert found.keys() == truth.keys() == plain.keys() and len(found) > 1
-    worst, right = 0.0, True
-    for name, x in truth.items():
-        scale = float(x.abs().max())
-        if scale > 1e-12:
-            own, theirs = (float((y[name] - x).abs().max()) / scale for y in (found, plain))
-            worst, right = max(worst, own), right and own <= max(2 * theirs, ALLOWED)
-    return worst, right
+def check(model: nn.Module, length: int) -> tuple[float, bool]:
+    """Largest difference of the loss and of any gradient from the float64 model, relative, on bytes of draw 0; whether
+    the usual draw may differ so."""
+    exact, errors = copy.deepcopy(model).double(), []
+
+    def draw(i: int) -> dict[str, float]:
+        ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(i))
+        found, truth = (_numbers(*gradients(m, ids)) for m in (model, exact))
+        with plain_pytorch():
+            plain = _numbers(*gradients(model, ids))
+        assert found.keys() == truth.keys() == plain.keys() and len(found) > 1
+        ratio, worst = 0.0, 0.0
+        for name, x in truth.items():
+            scale = float(x.abs().max())
+            if scale > 1e-12:
+                own, theirs = (float((y[name] - x).abs().max()) / scale for y in (found, plain))
+                worst, ratio = max(worst, own), max(ratio, own / max(2 * theirs, ALLOWED))
+        errors.append(worst)
+        return {"loss and gradients": ratio}
+
+    try:
+        assert_usually_within(draw, "a step")
+    except AssertionError:
+        return errors[0], False
+    return errors[0], True
 
 
 def _numbers(loss: float, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,23 +103,19 @@ def _numbers(loss: float, grads: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def measure(sizes: Sizes, mode: str, rounds: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
     rows: dict[str, Any] = {}
     steps = {}
+    eighth = dataclasses.replace(sizes, context=sizes.context // 8, base_context=sizes.base_context // 8)
+    small = models(eighth, mode)
     for name, model in models(sizes, mode).items():
-        short = torch.randint(0, 256, (1, sizes.context // 2), generator=generator)
-        with torch.no_grad():  # LoRA starts at zero: half of its gradients would be
-            for n, p in model.named_parameters():
-                if "lora_B" in n:
-                    p.normal_(0, 0.02)
-        error, right = check(model, short)
+        error, right = check(small[name], eighth.context)
         rows[name] = {"error": error, "correct": right}
         if not rows[name]["correct"]:
             continue
         trained = [p for p in model.parameters() if p.requires_grad]
         rows[name]["trained_parameters"] = sum(p.numel() for p in trained)
         steps[name] = (model, torch.optim.AdamW(trained, lr=1e-4))
-    ids = torch.randint(0, 256, (1, sizes.context), generator=generator)
+    ids = torch.randint(0, 256, (1, sizes.context), generator=torch.Generator().manual_seed(0))
 
     def step(name: str) -> None:
         model, optimiser = steps[name]

@@ -10,6 +10,7 @@ from hici_kernels.ops.hga_attention.api import hga_attention
 from hici_kernels.ops.hga_attention.op import attention_backward, attention_forward
 from hici_kernels.ops.hga_route.api import budgets
 from hici_kernels.testing import assert_within_budget
+from hici_kernels.tuning.chips import pretend
 from hici_kernels.tuning.lookup import trial
 
 pytest.importorskip("triton.language")
@@ -263,3 +264,14 @@ def test_what_it_does_not_serve_it_says():
         attend(tensors(40, 2, d=264), config(), "triton")
     with pytest.raises(ImplError, match="topk_groups is 300"):
         attend(x, config(), "triton", routes=torch.full((1, 2, 4, 300), -1, dtype=torch.int32))
+
+
+def test_block_without_routes_is_left_to_the_reference_where_its_routing_is():
+    x, c = tensors(64, 8), config(routing="block")
+    rest = (Rope.from_theta(1e4, 16).inv_freq, None, None)
+    for arch, served in (("sm_90", True), ("sm_100", False)):
+        with pretend(arch):
+            reason = launch.rejects(*x, *rest, None, c.group_size, *budgets(c), 0.25)
+            assert (reason is None) is served, reason
+            routes = torch.full((1, 8, 4, 3), -1, dtype=torch.int32)
+            assert launch.rejects(*x, *rest, routes, c.group_size, *budgets(c), 0.25) is None

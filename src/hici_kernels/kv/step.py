@@ -350,7 +350,6 @@ class Engine:
         with self.meter.scratch("device", copied, f"a call of {t} tokens"):
             near = {n: in_place.by_heads(recent[n]) for n in "kv"} if copied else recent
             out = torch.empty(q.shape, dtype=q.dtype)
-            pages: list[Tensor] = []
             waiting = [slice(i, min(i + in_place.QUERIES, t)) for i in range(0, t, in_place.QUERIES)][::-1]
             while waiting:
                 rows = waiting.pop()
@@ -365,8 +364,8 @@ class Engine:
                     return None
                 with self.meter.scratch("host", masks, f"lists of pages of {width} queries"):
                     out[:, rows] = self._attend_lists(found, q[:, rows], at, state.batch > 1)
-                pages.append(found.number)
-        state.last_pages = torch.cat(pages).unique()
+        # of a call so long that it was cut, nothing is read ahead
+        state.last_pages = found.number.unique()
         return out
 
     def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor, shared: bool) -> Tensor:
@@ -449,7 +448,7 @@ class Engine:
         page: Tensor,
         impl: str,
     ) -> Tensor:
-        """Attention of q over sinks, opened groups and ``recent``, brought together: gradients, long calls, 8 bits."""
+        """Attention of q over sinks, groups and ``recent``, brought together: gradients, 8 bits, small limits."""
         c, layout = self.config.chunk_size, self.layout
         joined = q.shape[0] * (int((compact.sinks + compact.between).max()) * c if q.shape[0] else 0)
         joined = joined + recent["k"].shape[0] * recent["k"].shape[1] if joined else 0

@@ -81,7 +81,18 @@ def rejects(
     if power(width) * power(hq // max(hkv, 1), 16) > MOST_ENTRIES:
         return f"it serves topk_groups * max(heads of a kv group, 16) up to {MOST_ENTRIES}, topk_groups is {width}"
     if routes is None:
-        sizes = (b, hq, hkv, d, s // chunk_size, groups, topk_chunks, topk_groups, chunk_size)
+        sizes = (
+            tuning.architecture(q.device),
+            b,
+            hq,
+            hkv,
+            d,
+            s // chunk_size,
+            groups,
+            topk_chunks,
+            topk_groups,
+            chunk_size,
+        )
         return router.limits(*sizes, routing, route_block, super_chunk)
     return None
 

@@ -65,12 +65,25 @@ def rejects(
     foreign = rejects_device("q", q, INTERPRET.value)
     if foreign is not None:
         return foreign
-    if routing == "block" and not serves_block(tuning.architecture(q.device)):
-        return f'routing="block" is not served on {tuning.architecture(q.device)}: its compiler leaves no registers'
-    return limits(b, hq, hkv, d, n, m, topk_chunks, topk_groups, chunk_size, routing, route_block, super_chunk)
+    return limits(
+        tuning.architecture(q.device),
+        b,
+        hq,
+        hkv,
+        d,
+        n,
+        m,
+        topk_chunks,
+        topk_groups,
+        chunk_size,
+        routing,
+        route_block,
+        super_chunk,
+    )
 
 
 def limits(
+    arch: str,
     b: int,
     hq: int,
     hkv: int,
@@ -84,7 +97,9 @@ def limits(
     route_block: int,
     super_chunk: int,
 ) -> str | None:
-    """Why sizes and budgets are not served, or None."""
+    """Why sizes and budgets are not served on a chip, or None."""
+    if routing == "block" and not serves_block(arch):
+        return f'routing="block" is not served on {arch}: its compiler leaves no registers'
     if super_chunk:
         return "it scans every chunk: no super-chunks"
     if d > LARGEST_HEAD:
