@@ -12,7 +12,7 @@ namespace hici::bindings {
 namespace {
 
 using MaybeTensor = ffi::Optional<TensorView>;
-constexpr DLDataType kInt32{kDLInt, 32, 1}, kInt64{kDLInt, 64, 1}, kFloat32{kDLFloat, 32, 1}, kFloat64{kDLFloat, 64, 1};
+constexpr DLDataType kUInt8{kDLUInt, 8, 1}, kInt32{kDLInt, 32, 1}, kInt64{kDLInt, 64, 1}, kFloat32{kDLFloat, 32, 1}, kFloat64{kDLFloat, 64, 1};
 
 cpu::Element element_of(const TensorView& t, const char* name) {
   const DLDataType d = t.dtype();
@@ -234,6 +234,16 @@ const int64_t* list_of(const TensorView& t, const char* name, int64_t count) {
   return pointer<const int64_t>(t);
 }
 
+// Bytes of a mask of `groups` bits.
+int64_t mask_bytes(const TensorView& t, int64_t groups) {
+  check_cpu(t, "visible");
+  check_contiguous(t, "visible");
+  const DLDataType type = t.dtype();
+  if (type != kUInt8 && type != kInt64) TVM_FFI_THROW(TypeError) << "visible must be uint8 or int64, got " << type;
+  if (groups > type.bits) TVM_FFI_THROW(ValueError) << "visible has masks of " << type.bits << " bits, expected " << groups;
+  return type.bits / 8;
+}
+
 void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorView starts, TensorView offsets,
                    TensorView visible, TensorView positions, int64_t kv_heads, int64_t page_tokens, int64_t group_size,
                    int64_t k_token, int64_t v_token, double scale, TensorView out, TensorView lse, int64_t path,
@@ -259,15 +269,14 @@ void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorV
     TVM_FFI_THROW(ValueError) << "offsets must run from 0 to " << p.page_count;
   for (int64_t i = 0; i < p.batch * kv_heads; ++i)
     if (p.offsets[i + 1] < p.offsets[i]) TVM_FFI_THROW(ValueError) << "offsets must not decrease";
-  check_cpu(visible, "visible");
-  check_type(visible, "visible", kInt64);
-  check_contiguous(visible, "visible");
+  p.mask_bytes = mask_bytes(visible, page_tokens / group_size);
   check_shape(visible, "visible", {p.page_count, p.queries, p.heads / kv_heads});
-  p.visible = pointer<const uint64_t>(visible);
+  p.visible = pointer<const void>(visible);
   p.positions = indices(positions, "positions", p.batch, p.queries);
   p.scale = static_cast<float>(scale);
   check_cpu(out, "out");
-  check_type(out, "out", type);
+  p.wide = element_of(out, "out") == cpu::Element::kFloat32;
+  if (!p.wide) check_type(out, "out", type);
   check_contiguous(out, "out");
   check_shape(out, "out", {p.batch, p.queries, p.heads, p.dim});
   cpu::hga_pages_forward(p, pointer<void>(out), lse_of(lse, "lse", p.batch, p.heads, p.queries), checked_path(path),
@@ -343,10 +352,16 @@ void history_pages(TensorView routes, TensorView positions, TensorView base, Ten
     p.sinks[1] = buffer_of(sinks_v.value(), "sinks_v", p.batch, p.kv_heads, in_sinks, p.token);
   }
   cpu::HistoryPages found;
-  cpu::hga_history_pages(p, found);
+  const int64_t bytes = mask_bytes(visible, chunk_size / group_size);
+  if (visible.ndim() != 3) TVM_FFI_THROW(ValueError) << "visible must have 3 dimensions, got shape " << visible.shape();
+  check_shape(visible, "visible", {visible.size(0), p.queries, p.heads / p.kv_heads});
+  const bool fits = bytes == 1
+                        ? cpu::hga_history_pages(p, found, cpu::Masks<uint8_t>{pointer<uint8_t>(visible), visible.size(0)})
+                        : cpu::hga_history_pages(p, found, cpu::Masks<uint64_t>{pointer<uint64_t>(visible), visible.size(0)});
+  if (!fits) TVM_FFI_THROW(ValueError) << "visible has no room for more than " << visible.size(0) << " pages";
   if (found.missing) TVM_FFI_THROW(ValueError) << "routes name a chunk that no record holds";
   fill(k, "k", found.k), fill(v, "v", found.v), fill(starts, "starts", found.starts);
-  fill(offsets, "offsets", found.offsets), fill(visible, "visible", found.visible);
+  fill(offsets, "offsets", found.offsets);
   fill(at, "at", found.at), fill(number, "number", found.number);
   const std::vector<int64_t> sizes{static_cast<int64_t>(found.k.size()), static_cast<int64_t>(found.at.size())};
   fill(counts, "counts", sizes);

@@ -36,7 +36,7 @@ int64_t size_of(Element e) { return e == Element::kFloat32 ? 4 : 2; }
 template <class Problem>
 void clear(const Problem& p, const OrderedQueries& queries, void* out, float* lse) {
   if (static_cast<int64_t>(queries.queries.size()) == p.batch * p.queries) return;
-  std::memset(out, 0, p.batch * p.queries * p.heads * p.dim * size_of(p.element));
+  std::memset(out, 0, p.batch * p.queries * p.heads * p.dim * (wide_out(p) ? 4 : size_of(p.element)));
   std::fill(lse, lse + p.batch * p.heads * p.queries, -std::numeric_limits<float>::infinity());
 }
 

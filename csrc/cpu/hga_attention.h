@@ -25,8 +25,9 @@ struct RoutedProblem {
 // one kv head, at any address: token i of it lies at k_pages[x] + i * k_token elements, contiguous in dim. Pages
 // [offsets[b * kv_heads + g], offsets[b * kv_heads + g + 1]) are those of row b and kv head g, in any order; no token may
 // be in two of them. Bit m of visible[x][t][h] says that query t, head g * (heads / kv_heads) + h, sees the tokens
-// [m * group_size, (m + 1) * group_size) of page x: page_tokens / group_size <= 64 bits. Among those it sees only tokens of index
-// starts[x] + i <= positions[b][t]; memory of tokens that no query sees is not read. Nothing is written but out and lse.
+// [m * group_size, (m + 1) * group_size) of page x: page_tokens / group_size <= 8 mask_bytes bits. Among those it sees only
+// tokens of index starts[x] + i <= positions[b][t]; memory of tokens that no query sees is not read. Nothing is written but
+// out, in float32 where `wide` says so, and lse.
 struct PageProblem {
   Element element;
   int64_t batch, queries, heads, kv_heads, dim;
@@ -35,12 +36,17 @@ struct PageProblem {
   const int64_t *k_pages, *v_pages;  // [page_count] addresses
   const int64_t* starts;             // [page_count] index of a page's first token
   const int64_t* offsets;            // [batch * kv_heads + 1]
-  const uint64_t* visible;           // [page_count, queries, heads / kv_heads]
+  const void* visible;               // [page_count, queries, heads / kv_heads]
+  int64_t mask_bytes;                // of an entry of visible: 1 or 8
   const int64_t* positions;          // [batch, queries]; negative = sees nothing
   float scale;
+  bool wide = false;
 };
 
-// out [batch, queries, heads, dim] of the element type and lse [batch, heads, queries], contiguous, written whole.
+inline bool wide_out(const RoutedProblem&) { return false; }
+inline bool wide_out(const PageProblem& p) { return p.wide; }
+
+// out [batch, queries, heads, dim] of the element type (but for `wide`) and lse [batch, heads, queries], contiguous, written whole.
 // Throws std::bad_alloc before anything is written.
 void hga_attention_forward(const RoutedProblem& problem, void* out, float* lse, Isa isa, Execution execution);
 void hga_pages_forward(const PageProblem& problem, void* out, float* lse, Isa isa, Execution execution);
@@ -73,6 +79,7 @@ struct RunList {
   Element element;
   int64_t dim, k_step, v_step;  // elements from token to token (or column to column)
   float scale;
+  bool wide;  // results in float32, whatever the element
   int64_t rows;
   const void* const* q;
   const int64_t* index;  // a row sees tokens up to it

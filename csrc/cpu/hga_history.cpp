@@ -1,6 +1,7 @@
 #include "hga_history.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace hici::cpu {
 namespace {
@@ -79,7 +80,8 @@ void opened(const HistoryProblem& p, int64_t b, int64_t g, std::vector<Open>& fo
 
 }  // namespace
 
-void hga_history_pages(const HistoryProblem& p, HistoryPages& out) {
+template <class Mask>
+bool hga_history_pages(const HistoryProblem& p, HistoryPages& out, const Masks<Mask>& visible) {
   const int64_t group = p.heads / p.kv_heads, width = p.queries * group;
   Places places;
   std::vector<Open> open;
@@ -106,14 +108,21 @@ void hga_history_pages(const HistoryProblem& p, HistoryPages& out) {
         out.k.push_back(from[0].data + skip);
         out.v.push_back(from[1].data + skip + b * (from[1].batch - from[0].batch) + g * (from[1].head - from[0].head));
       }
-      out.visible.resize(out.starts.size() * width, 0);
+      const int64_t before = out.offsets.back(), pages = static_cast<int64_t>(out.starts.size());
+      if (pages > visible.room) return false;
+      std::memset(visible.data + before * width, 0, (pages - before) * width * sizeof(Mask));
       windows(p, b, [&](int64_t t, int64_t chunk, uint64_t bits) {
-        for (int64_t i = 0; i < group; ++i) out.visible[places[chunk] * width + t * group + i] |= bits;
+        for (int64_t i = 0; i < group; ++i) visible.data[places[chunk] * width + t * group + i] |= static_cast<Mask>(bits);
       });
-      for (const Open& x : open) out.visible[places[x.chunk] * width + x.place] |= uint64_t{1} << x.group;
+      for (const Open& x : open)
+        visible.data[places[x.chunk] * width + x.place] |= static_cast<Mask>(uint64_t{1} << x.group);
       out.offsets.push_back(static_cast<int64_t>(out.starts.size()));
       places.clear();
     }
+  return true;
 }
+
+template bool hga_history_pages(const HistoryProblem&, HistoryPages&, const Masks<uint8_t>&);
+template bool hga_history_pages(const HistoryProblem&, HistoryPages&, const Masks<uint64_t>&);
 
 }  // namespace hici::cpu

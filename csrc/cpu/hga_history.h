@@ -27,11 +27,19 @@ struct HistoryProblem {
 struct HistoryPages {
   std::vector<int64_t> k, v;        // addresses; 0 for a page of a record
   std::vector<int64_t> starts, offsets;
-  std::vector<uint64_t> visible;    // [x][queries][heads / kv_heads]
   std::vector<int64_t> at, number;  // entries that are pages of records, and which
   bool missing = false;             // a route names a chunk that no record holds
 };
 
-void hga_history_pages(const HistoryProblem& problem, HistoryPages& out);
+// Masks of PageProblem, written for as many pages as there is room for. Mask: uint8_t or uint64_t, a bit a group.
+template <class Mask>
+struct Masks {
+  Mask* data;
+  int64_t room;  // pages
+};
+
+// False where there is no room; `out` is then worth nothing.
+template <class Mask>
+bool hga_history_pages(const HistoryProblem& problem, HistoryPages& out, const Masks<Mask>& visible);
 
 }  // namespace hici::cpu

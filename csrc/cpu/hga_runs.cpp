@@ -21,15 +21,16 @@ void RunBuilder::start(const Problem& p, const RunRows& rows, void* out, float* 
   const int64_t group = p.heads / p.kv_heads;
   q_.clear(), index_.clear(), out_.clear(), lse_.clear(), runs_.clear(), row_ids_.clear();
   tokens_ = 0;
+  const int64_t out_size = wide_out(p) ? 4 : size_;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t h = 0; h < group; ++h) {
       const int64_t t = rows.queries[i], head = rows.kv_head * group + h;
       q_.push_back(moved(p.q.data, rows.batch * p.q.batch + t * p.q.seq + head * p.q.head, size_));
       index_.push_back(index_of(p, rows.batch, t));
-      out_.push_back(const_cast<char*>(moved(out, ((rows.batch * p.queries + t) * p.heads + head) * p.dim, size_)));
+      out_.push_back(const_cast<char*>(moved(out, ((rows.batch * p.queries + t) * p.heads + head) * p.dim, out_size)));
       lse_.push_back(lse + (rows.batch * p.heads + head) * p.queries + t);
     }
-  list_.element = p.element, list_.dim = p.dim, list_.scale = p.scale;
+  list_.element = p.element, list_.dim = p.dim, list_.scale = p.scale, list_.wide = wide_out(p);
 }
 
 void RunBuilder::finish() {
@@ -152,9 +153,8 @@ void RunBuilder::build(const RoutedProblem& p, const RunRows& rows, void* out, f
   finish();
 }
 
-void RunBuilder::build(const PageProblem& p, const RunRows& rows, void* out, float* lse) {
-  start(p, rows, out, lse);
-  list_.k_step = p.k_token, list_.v_step = p.v_token;
+template <class Mask>
+void RunBuilder::pages(const PageProblem& p, const RunRows& rows, const Mask* visible) {
   const int64_t group = p.heads / p.kv_heads, list = rows.batch * p.kv_heads + rows.kv_head;
   for (int64_t x = p.offsets[list]; x < p.offsets[list + 1]; ++x) {
     for (int64_t m = 0; m < p.page_tokens / p.group_size; ++m) {
@@ -163,7 +163,7 @@ void RunBuilder::build(const PageProblem& p, const RunRows& rows, void* out, flo
       int64_t highest = -1;
       for (int64_t i = 0; i < rows.count; ++i) {
         if (index_[i * group] < start) continue;
-        const uint64_t* const bits = p.visible + (x * p.queries + rows.queries[i]) * group;
+        const Mask* const bits = visible + (x * p.queries + rows.queries[i]) * group;
         for (int64_t h = 0; h < group; ++h)
           if (bits[h] >> m & 1) row_ids_.push_back(static_cast<int32_t>(i * group + h)), highest = index_[i * group];
       }
@@ -175,6 +175,15 @@ void RunBuilder::build(const PageProblem& p, const RunRows& rows, void* out, flo
           std::min(p.group_size, highest - start + 1), begin, count);
     }
   }
+}
+
+void RunBuilder::build(const PageProblem& p, const RunRows& rows, void* out, float* lse) {
+  start(p, rows, out, lse);
+  list_.k_step = p.k_token, list_.v_step = p.v_token;
+  if (p.mask_bytes == 1)
+    pages(p, rows, static_cast<const uint8_t*>(p.visible));
+  else
+    pages(p, rows, static_cast<const uint64_t*>(p.visible));
   finish();
 }
 

@@ -37,6 +37,8 @@ class RunBuilder {
              int32_t rows_count) const;
   void window(const RoutedProblem& problem, const RunRows& rows);
   void routed(const RoutedProblem& problem, const RunRows& rows);
+  template <class Mask>
+  void pages(const PageProblem& problem, const RunRows& rows, const Mask* visible);
 
   int64_t run_tokens_, tokens_ = 0, size_ = 0;
   RunList list_{};

@@ -537,12 +537,26 @@ void check_pages(cpu::Isa isa, Random& random, const Attended<T>& x) {
   p.element = element<T>(), p.batch = c.batch, p.queries = c.queries, p.heads = c.heads, p.kv_heads = c.kv_heads, p.dim = c.dim;
   p.q = x.q.sequence(), p.page_count = static_cast<int64_t>(k_pages.size()), p.page_tokens = c.config.chunk;
   p.group_size = c.config.group, p.k_token = k_token, p.v_token = v_token, p.k_pages = k_pages.data(), p.v_pages = v_pages.data();
-  p.starts = starts.data(), p.offsets = offsets.data(), p.visible = visible.data(), p.positions = positions.data();
+  // masks as small as they can be, in memory of their own
+  p.mask_bytes = m <= 8 ? 1 : 8;
+  const Exact masks(static_cast<int64_t>(visible.size()) * p.mask_bytes);
+  for (size_t i = 0; i < visible.size(); ++i) std::memcpy(static_cast<char*>(masks.data()) + i * p.mask_bytes, &visible[i], static_cast<size_t>(p.mask_bytes));
+  p.starts = starts.data(), p.offsets = offsets.data(), p.visible = masks.data(), p.positions = positions.data();
   p.scale = static_cast<float>(x.scale);
   const Result<T> found(c), again(c);
   cpu::hga_pages_forward(p, found.out.data(), static_cast<float*>(found.lse.data()), isa, cpu::Execution{1});
   cpu::hga_pages_forward(p, again.out.data(), static_cast<float*>(again.lse.data()), isa, cpu::Execution{threads_of(random)});
   compare(isa, x, found, again, "pages");
+  const Result<float> broad(c);
+  p.wide = true;
+  cpu::hga_pages_forward(p, broad.out.data(), static_cast<float*>(broad.lse.data()), isa, cpu::Execution{1});
+  if (std::memcmp(found.lse.data(), broad.lse.data(), static_cast<size_t>(c.batch * c.queries * c.heads) * 4) != 0)
+    fail("pages on %s: another lse beside results in float32", cpu::name(isa));
+  for (int64_t i = 0; i < c.batch * c.queries * c.heads * c.dim; ++i) {
+    const double exact = static_cast<const float*>(broad.out.data())[i], rounded = value(static_cast<const T*>(found.out.data())[i]);
+    if (!(std::fabs(exact - rounded) <= std::ldexp(std::fabs(exact), sizeof(T) == 4 ? -99 : -8) + 1e-7))
+      fail("pages on %s: %g is not %g rounded", cpu::name(isa), rounded, exact);
+  }
 }
 
 template <class T>

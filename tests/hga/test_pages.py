@@ -90,6 +90,8 @@ def test_pages_equal_the_operation(path: str, dtype: torch.dtype, t: int, token_
         want = full(q, k, v, config, positions=positions, rope=rope(40), impl="cpu")
         given, memory = pages_of(k, v, want.routes, positions, config, t, token_major=token_major)
         out, lse = pages_attention(q, **given)
+        narrow = given | {"visible": given["visible"].to(torch.uint8)}
+        assert all(torch.equal(x, y) for x, y in zip((out, lse), pages_attention(q, **narrow), strict=True))
     rest = (rope(40).inv_freq, positions, None, want.routes, config.group_size, *budgets(config), 40**-0.5, "reference")
     truth = attention_forward(*(x.double() for x in (q, k, v)), *rest)
     plain = attention_forward(q, k, v, *rest)
@@ -141,9 +143,12 @@ def test_bad_arguments_are_named() -> None:
         ("offsets", good["offsets"][1:], ValueError),
         ("offsets", good["offsets"].flip(0), ValueError),
         ("visible", good["visible"][:, :0], ValueError),
+        ("visible", good["visible"].int(), TypeError),
         ("positions", torch.tensor([59]), ValueError),
         ("kv_heads", 3, ValueError),
         ("group_size", 5, ValueError),
     ):
         with pytest.raises(kind, match=name):
             pages_attention(**{"q": q, **good, name: bad})
+    with pytest.raises(ValueError, match="visible must have a bit for each of 16 groups"):
+        pages_attention(q, **good | {"group_size": 1, "visible": good["visible"].to(torch.uint8)})

@@ -29,7 +29,7 @@ def test_decode_in_place_is_attention_over_the_whole(dtype, step: int, routing: 
     """Routes in float64 would differ from those of the dtype: attended are the values the store got, routed alike."""
     called = []
     plain = in_place.attend_pages
-    monkeypatch.setattr(in_place, "attend_pages", lambda *a: called.append(1) or plain(*a))
+    monkeypatch.setattr(in_place, "attend_pages", lambda *a, **k: called.append(1) or plain(*a, **k))
     config = small(routing=routing, topk_chunks=3, topk_groups=5)
     q, k, v = tensors(150, b=2, hq=8, d=32, seed=step, dtype=dtype)
     got = decode(store(config, k), q, k, v, 20, step)

@@ -75,12 +75,20 @@ struct Sums {
 };
 
 template <class T>
-inline void finish(const RunList& list, int64_t r, const float* o, float total, float top) {
+inline void normalise(const RunList& list, int64_t r, const float* o, float total) {
   T* const out = static_cast<T*>(list.out[r]);
   const Vec weight = splat(total == 0.0f ? 1.0f : total);
   int64_t d = 0;
   for (; d + kLanes <= list.dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
   if (d < list.dim) narrow_part(out + d, div(load(o + d), weight), list.dim - d);
+}
+
+template <class T>
+inline void finish(const RunList& list, int64_t r, const float* o, float total, float top) {
+  if (list.wide)
+    normalise<float>(list, r, o, total);
+  else
+    normalise<T>(list, r, o, total);
   *list.lse[r] = static_cast<float>(static_cast<double>(top) + __builtin_log(static_cast<double>(total)));
 }
 

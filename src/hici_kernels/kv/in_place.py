@@ -13,14 +13,15 @@ from torch import Tensor
 from .. import _native
 from ..config import HGAConfig
 from ..ops.hga_attention.pages import GROUPS, attend_pages
+from ..ops.merge_attention.op import merge_forward
 from .layer import LayerState
 from .layout import Layout
 
-#: Queries attended at once: who sees which group is a mask for every query, head and page.
-QUERIES = 128
-#: More queries than these are attended fewer at a time where their masks, or the pages of one kv head, would take more
-#: bytes. The same in every tier.
-FEW, MASK_BYTES, LIST_BYTES = 16, 64 << 20, 64 << 20
+#: Queries attended at once, fewer where the masks of one list would take more than MASK_BYTES; pages of a list that do
+#: are attended LIST_BYTES at a time. The same in every tier, so that every tier gives the same bits.
+QUERIES, MASK_BYTES, LIST_BYTES = 1024, 64 << 20, 64 << 20
+#: Queries of a call that is attended at once for all rows and kv heads, as long as its masks are small.
+FEW = 16
 #: Bytes of masks that no limit counts.
 SMALL_BYTES = 1 << 20
 
@@ -66,6 +67,21 @@ def by_heads(x: Tensor) -> Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def mask_type(config: HGAConfig) -> torch.dtype:
+    return torch.uint8 if config.groups_per_chunk <= 8 else torch.int64
+
+
+def longest(config: HGAConfig, r: int, queries: int, width: int, last: int) -> int:
+    """Pages of a list at most: of ``queries`` of ``r`` heads with ``width`` groups each, of index at most ``last``."""
+    windows = config.keep_first + config.keep_last + 2 + queries // config.chunk_size
+    return min(windows + queries * r * width, last // config.chunk_size + 1)
+
+
+def mask_bytes(config: HGAConfig, r: int, queries: int, width: int, last: int) -> int:
+    """Bytes of the masks of a list at most."""
+    return longest(config, r, queries, width, last) * queries * r * mask_type(config).itemsize
+
+
 def lists(
     state: LayerState,
     config: HGAConfig,
@@ -73,32 +89,38 @@ def lists(
     recent: dict[str, Tensor],
     place: Tensor,
     routes: Tensor,
+    rows: slice = slice(None),
+    heads: slice = slice(None),
 ) -> Lists:
-    """What the queries at ``place`` [B, T] see: sinks, what ``routes`` [B, T, Hq, w] open, window and own chunk."""
+    """What the queries at ``place`` [B, T] see: sinks, what ``routes`` [B, T, Hq, w] open, window and own chunk.
+
+    rows, heads: of the layer's rows and kv heads, those that place and routes are of.
+    """
     b, t, hq, width = routes.shape
-    kv_heads = recent["k"].shape[2]
-    r, c = hq // kv_heads, config.chunk_size
-    windows = config.keep_first + config.keep_last + 2 + t // c
-    room = b * kv_heads * min(windows + t * r * width, int(place.max()) // c + 1)
+    near = {n: recent[n][rows, :, heads] for n in "kv"}
+    sinks = {n: None if (x := state.buffers.get(f"sinks.{n}")) is None else x[rows, :, heads] for n in "kv"}
+    kv_heads = near["k"].shape[2]
+    r = hq // kv_heads
+    room = b * kv_heads * longest(config, r, t, width, int(place.max()))
     space = torch.empty((5, room), dtype=torch.int64)
     k, v, starts, at, number = space.unbind()
     offsets = torch.empty(b * kv_heads + 1, dtype=torch.int64)
-    visible = torch.empty((room, t, r), dtype=torch.int64)
+    visible = torch.empty((room, t, r), dtype=mask_type(config))
     counts = torch.empty(2, dtype=torch.int64)
     _native.library().hga_history_pages(
         routes,
         place,
-        state.base,
-        state.records,
+        state.base[rows],
+        state.records[rows],
         pages,
-        c,
+        config.chunk_size,
         config.group_size,
         config.keep_first,
         config.keep_last,
-        state.buffers.get("sinks.k"),
-        state.buffers.get("sinks.v"),
-        recent["k"],
-        recent["v"],
+        sinks["k"],
+        sinks["v"],
+        near["k"],
+        near["v"],
         k,
         v,
         starts,
@@ -109,18 +131,11 @@ def lists(
         counts,
     )
     n, cold = counts.tolist()
-    return Lists(k[:n], v[:n], starts[:n], offsets, visible[:n], at[:cold], number[:cold])
+    return Lists(k[:n], v[:n], starts[:n], offsets, visible[:n], at[:cold], number[:cold] + (heads.start or 0))
 
 
-def too_large(found: Lists, layout: Layout) -> bool:
-    """Whether the queries of these lists should be attended fewer at a time."""
-    longest = int((found.offsets[1:] - found.offsets[:-1]).max())
-    return found.visible.nbytes > MASK_BYTES or longest * layout.page_bytes > LIST_BYTES
-
-
-def only(found: Lists, first: int, last: int) -> Lists:
-    """Lists [first, last) as they are, all others empty: what each of them gives stays the same to the bit."""
-    begin, end = int(found.offsets[first]), int(found.offsets[last])
+def only(found: Lists, begin: int, end: int) -> Lists:
+    """Pages [begin, end) of all lists."""
     here = (found.at >= begin) & (found.at < end)
     return Lists(
         found.k[begin:end],
@@ -133,12 +148,14 @@ def only(found: Lists, first: int, last: int) -> Lists:
     )
 
 
-def attend(found: Lists, addresses: Tensor, config: HGAConfig, layout: Layout, q: Tensor, place: Tensor) -> Tensor:
-    """``addresses`` of the pages ``found.number``."""
+def attend(
+    found: Lists, addresses: Tensor, config: HGAConfig, layout: Layout, q: Tensor, place: Tensor, *, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Results and lse. ``addresses`` of the pages ``found.number``; wide: results in float32."""
     if len(found.at):
         found.k[found.at] = addresses
         found.v[found.at] = addresses + layout.data_bytes // 2
-    out, _ = attend_pages(
+    return attend_pages(
         q,
         found.k,
         found.v,
@@ -146,11 +163,28 @@ def attend(found: Lists, addresses: Tensor, config: HGAConfig, layout: Layout, q
         found.offsets,
         found.visible,
         place,
-        layout.kv_heads,
+        (len(found.offsets) - 1) // len(place),
         config.chunk_size,
         config.group_size,
         layout.head_dim,
         layout.head_dim,
         layout.head_dim**-0.5,
+        wide=wide,
     )
-    return out
+
+
+def merge(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Results of two parts of a list, in float32."""
+    out, lse = merge_forward([x[0], y[0]], [x[1], y[1]], "")
+    return out, lse
+
+
+def units(batch: int, kv_heads: int, count: int) -> list[tuple[slice, slice]]:
+    """Rows and kv heads whose lists are there at once, about ``count`` lists, which what a list gives does not tell."""
+    rows = batch if count >= batch else 1
+    heads = max(1, min(kv_heads, count // max(1, rows)))
+    return [
+        (slice(b, min(b + rows, batch)), slice(h, min(h + heads, kv_heads)))
+        for b in range(0, batch, rows)
+        for h in range(0, kv_heads, heads)
+    ]

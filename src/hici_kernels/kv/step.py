@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -338,55 +339,73 @@ class Engine:
     def _attend_in_place(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
     ) -> Tensor | None:
-        """None where a limit leaves no room for the lists of a long call."""
-        t = q.shape[1]
-        if t <= in_place.FEW and in_place.like_pages(recent, self.layout):
-            found = in_place.lists(state, self.config, self.layout.pages, recent, place, routes)
-            state.last_pages = found.number if state.batch == 1 else found.number.unique()
-            return self._attend_lists(found, q, place, state.batch > 1)
-        copied = 0 if in_place.like_pages(recent, self.layout) else sum(recent[n].nbytes for n in "kv")
+        """None where a limit leaves no room."""
+        b, t, hq, width = routes.shape
+        layout, like = self.layout, in_place.like_pages(recent, self.layout)
+        if t <= in_place.FEW and like:
+            found = in_place.lists(state, self.config, layout.pages, recent, place, routes)
+            state.last_pages = found.number if b == 1 else found.number.unique()
+            return self._attend_lists(found, q, place)
+        copied = 0 if like else sum(recent[n].nbytes for n in "kv")
         if not self.meter.fits("device", copied):
             return None
+        r, last, left = hq // layout.kv_heads, int(place.max()), self.meter.left("host")
+        allowed = in_place.MASK_BYTES if left is None else max(left, in_place.SMALL_BYTES)
+        room = min(allowed, in_place.MASK_BYTES)
+        size = in_place.QUERIES
+        while size > 1 and in_place.mask_bytes(self.config, r, min(size, t), width, last) > room:
+            size //= 2
+        one = in_place.mask_bytes(self.config, r, min(size, t), width, last)
+        if left is not None and one > allowed:
+            return None
+        units = in_place.units(b, layout.kv_heads, b * layout.kv_heads if t <= in_place.FEW else room // max(1, one))
+        pages = []
         with self.meter.scratch("device", copied, f"a call of {t} tokens"):
             near = {n: in_place.by_heads(recent[n]) for n in "kv"} if copied else recent
             out = torch.empty(q.shape, dtype=q.dtype)
-            waiting = [slice(i, min(i + in_place.QUERIES, t)) for i in range(0, t, in_place.QUERIES)][::-1]
-            while waiting:
-                rows = waiting.pop()
-                at, width = place[:, rows].contiguous(), rows.stop - rows.start
-                found = in_place.lists(state, self.config, self.layout.pages, near, at, routes[:, rows].contiguous())
-                if width > 1 and in_place.too_large(found, self.layout):
-                    middle = rows.start + width // 2
-                    waiting += [slice(middle, rows.stop), slice(rows.start, middle)]
-                    continue
-                masks = found.visible.nbytes if found.visible.nbytes > in_place.SMALL_BYTES else 0
-                if not self.meter.fits("host", masks):
-                    return None
-                with self.meter.scratch("host", masks, f"lists of pages of {width} queries"):
-                    out[:, rows] = self._attend_lists(found, q[:, rows], at, state.batch > 1)
+            for start in range(0, t, size):
+                now = slice(start, min(start + size, t))
+                for rows, heads in units:
+                    masks = one * (rows.stop - rows.start) * (heads.stop - heads.start)
+                    counted = masks if masks > in_place.SMALL_BYTES else 0
+                    of = slice(heads.start * r, heads.stop * r)
+                    at = place[rows, now].contiguous()
+                    with self.meter.scratch("host", counted, f"the pages that {now.stop - start} queries see"):
+                        route = routes[rows, now, of].contiguous()
+                        found = in_place.lists(state, self.config, layout.pages, near, at, route, rows, heads)
+                        out[rows, now, of] = self._attend_lists(found, q[rows, now, of], at)
+                    pages.append(found.number)
         # of a call so long that it was cut, nothing is read ahead
-        state.last_pages = found.number.unique()
+        state.last_pages = torch.cat(pages).unique()
         return out
 
-    def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor, shared: bool) -> Tensor:
-        """All lists at once where the tier has their pages at hand together, else one after the other.
-
-        shared: rows may have pages in common.
-        """
-        pages, where = found.number.unique(return_inverse=True) if shared else (found.number, None)
-        addresses = self.tier.located(pages) if len(pages) else pages
-        if addresses is not None:
-            self.fetched()
-            there = addresses if where is None else addresses[where]
-            return in_place.attend(found, there, self.config, self.layout, q, place)
-        group = q.shape[2] // self.layout.kv_heads
+    def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor) -> Tensor:
+        """All lists at once where the tier has their pages at hand together, else one after the other, in parts."""
+        most = max(1, in_place.LIST_BYTES // self.layout.page_bytes)
+        ends = found.offsets.tolist()
+        if all(end - begin <= most for begin, end in pairwise(ends)):
+            # rows may have pages in common
+            pages, where = found.number.unique(return_inverse=True) if len(place) > 1 else (found.number, None)
+            addresses = self.tier.located(pages) if len(pages) else pages
+            if addresses is not None:
+                self.fetched()
+                there = addresses if where is None else addresses[where]
+                return in_place.attend(found, there, self.config, self.layout, q, place)[0]
+        heads = len(ends[1:]) // len(place)
+        group = q.shape[2] // heads
         out = torch.empty(q.shape, dtype=q.dtype)
-        for i in range(len(found.offsets) - 1):
-            part = in_place.only(found, i, i + 1)
-            row, head = divmod(i, self.layout.kv_heads)
-            heads = slice(head * group, (head + 1) * group)
-            with self._located(part.number) as addresses:
-                out[row, :, heads] = in_place.attend(part, addresses, self.config, self.layout, q, place)[row, :, heads]
+        for i, (begin, end) in enumerate(pairwise(ends)):
+            row, head = divmod(i, heads)
+            own, joined = slice(head * group, (head + 1) * group), None
+            for start in range(begin, end, most) or (begin,):
+                part = in_place.only(found, start, min(start + most, end))
+                with self._located(part.number) as addresses:
+                    piece = in_place.attend(
+                        part, addresses, self.config, self.layout, q, place, wide=end - begin > most
+                    )
+                joined = piece if joined is None else in_place.merge(joined, piece)
+            assert joined is not None
+            out[row, :, own] = joined[0][row, :, own]
         return out
 
     @contextlib.contextmanager

@@ -47,7 +47,7 @@ def pages_attention(
             memory alive and readable for the tokens that some query sees; other memory is not read, and may hold NaN.
         starts: int64 [P], index of each page's first token.
         offsets: int64 [B * kv_heads + 1], 0 first, P last, not decreasing.
-        visible: int64 [P, T, r], the bits of a mask; page_tokens // group_size <= 64.
+        visible: uint8 or int64 [P, T, r], the bits of a mask: page_tokens // group_size at most 8 or 64.
         positions: int64 [B, T], index of each query; negative = it sees nothing.
         kv_heads, page_tokens, group_size, k_stride, v_stride: sizes, in tokens and elements.
         scale: default D ** -0.5.
@@ -87,10 +87,15 @@ def pages_attention(
         ("visible", visible, (pages, t, hq // kv_heads)),
         ("positions", positions, (b, t)),
     ):
-        if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.device.type != "cpu":
-            raise TypeError(f"{name} must be an int64 tensor on the CPU")
+        types = (torch.uint8, torch.int64) if name == "visible" else (torch.int64,)
+        if not isinstance(x, Tensor) or x.dtype not in types or x.device.type != "cpu":
+            expected = " or ".join(str(x).removeprefix("torch.") for x in types)
+            raise TypeError(f"{name} must be of type {expected}, on the CPU")
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    bits = 8 * visible.dtype.itemsize
+    if page_tokens // group_size > bits:
+        raise ValueError(f"visible must have a bit for each of {page_tokens // group_size} groups, got {visible.dtype}")
     if _native.status() is not None:
         raise ImplError(str(_native.status()))
     return attend_pages(
@@ -110,10 +115,13 @@ def pages_attention(
     )
 
 
-def attend_pages(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """:func:`pages_attention` of arguments that are right: all of them, in order, the lists contiguous."""
+def attend_pages(q: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """:func:`pages_attention` of arguments that are right: all of them, in order, the lists contiguous.
+
+    wide: out in float32, to be merged before it is rounded.
+    """
     b, t, hq, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=torch.float32 if wide else q.dtype)
     lse = torch.empty((b, hq, t), dtype=torch.float32)
     _native.library().hga_pages_forward(q, *rest, out, lse, *_native.execution())
     return out, lse
