@@ -6,6 +6,7 @@
 #include "../cpu/hga_history.h"
 #include "../cpu/hga_route.h"
 #include "../cpu/hga_summaries.h"
+#include "../cpu/memory.h"
 #include "execution.h"
 
 namespace hici::bindings {
@@ -367,6 +368,13 @@ void history_pages(TensorView routes, TensorView positions, TensorView base, Ten
   fill(counts, "counts", sizes);
 }
 
+// Memory that is read in pieces from anywhere wants large pages.
+void large_pages(TensorView memory) {
+  check_cpu(memory, "memory");
+  check_contiguous(memory, "memory");
+  cpu::prefer_large_pages(pointer<void>(memory), memory.numel() * memory.dtype().bits / 8);
+}
+
 }  // namespace
 }  // namespace hici::bindings
 
@@ -376,3 +384,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_attention_forward, hici::bindings::attention_f
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_attention_backward, hici::bindings::attention_backward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_pages_forward, hici::bindings::pages_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_history_pages, hici::bindings::history_pages);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(hga_large_pages, hici::bindings::large_pages);

@@ -65,7 +65,7 @@ double rounding(const float* x, int64_t count) {
 }
 
 // Below this many multiplications a call is over before another thread has woken up.
-constexpr double kWorthThreads = 2e6;
+constexpr double kWorthThreads = 5e5;
 
 // What a call may cost in double to be computed directly: operations, and elements of gradients kept in double.
 constexpr double kDirectWork = 1 << 19, kDirectElements = 1 << 18;

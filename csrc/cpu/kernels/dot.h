@@ -36,7 +36,7 @@ inline Vec sums_of(const Vec a[8]) {
 // Asks for the line at element `at` of rows [0, count): a few between products, since a burst of them waits for its turn
 // and the products with it.
 template <class T>
-inline void ask_for_lines(const T* const* rows, int64_t count, int64_t at) {
+HICI_ASK void ask_for_lines(const T* const* rows, int64_t count, int64_t at) {
   for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows[i] + at, 0, 3);
 }
 

@@ -248,6 +248,19 @@ inline void weigh(float* const* o, const float* const* p, const T* const* v, int
 
 // Runs between the one attended and the one asked for: what lies apart in memory comes late.
 constexpr int64_t kAhead = 1;
+// Runs lie anywhere: finding out where their pages of memory are takes longer than reading them, so that one line of each
+// is asked for this many runs ahead.
+constexpr int64_t kPagesAhead = 10, kPageBytes = 4096;
+
+template <class T>
+HICI_ASK void ask_for_pages(const RunList& list, const Run& run) {
+  if (run.columns) return;
+  const T *const k = static_cast<const T*>(run.k), *const v = static_cast<const T*>(run.v);
+  constexpr int64_t page = kPageBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t k_rows = larger(1, page / larger(1, list.k_step)), v_rows = larger(1, page / larger(1, list.v_step));
+  for (int64_t i = 0; i < run.count; i += k_rows) __builtin_prefetch(k + i * list.k_step, 0, 2);
+  for (int64_t i = 0; i < run.count; i += v_rows) __builtin_prefetch(v + i * list.v_step, 0, 2);
+}
 
 template <class T>
 struct Few {
@@ -291,12 +304,14 @@ struct Few {
   }
 
   void run(int64_t begin, int64_t end, float* partial) {
+    for (int64_t i = begin; i < end && i < begin + kPagesAhead; ++i) ask_for_pages<T>(list, list.runs[i]);
     sums.clear(list.rows);
     for (int64_t i = begin; i < end && i < begin + kAhead; ++i)
       point(list, list.runs[i], k_rows[i % (kAhead + 1)], v_rows[i % (kAhead + 1)]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t now = i % (kAhead + 1), later = (i + kAhead) % (kAhead + 1);
       const bool more = i + kAhead < end;
+      if (i + kPagesAhead < end) ask_for_pages<T>(list, list.runs[i + kPagesAhead]);
       if (more) point(list, list.runs[i + kAhead], k_rows[later], v_rows[later]);
       attend(list.runs[i], k_rows[now], v_rows[now], k_rows[later], v_rows[later], more ? list.runs[i + kAhead].count : 0);
     }

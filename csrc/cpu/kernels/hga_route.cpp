@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t kBlock = 64, kRows = 128;
 // Queries of few rows wait for memory: the candidates of the next row are asked for while one is scored.
 constexpr int64_t kFewRows = 16;
+// Blocks of chunk keys between the one multiplied and the one whose pages of memory are looked up.
+constexpr int64_t kBlocksAhead = 4, kPageBytes = 4096;
 
 // Entries a stream may hold above what it keeps, before it is cut.
 inline int64_t slack(int64_t keep) { return larger(keep, 32); }
@@ -89,6 +91,12 @@ struct Router {
   }
   Stream& stream(int64_t row) const { return streams[row]; }
 
+  // Where the pages of memory of chunk keys [c, c + n) are, which takes longer to find out than to read them.
+  HICI_ASK void ask_for_pages(const RouteItem& item, int64_t c, int64_t n) const {
+    const int64_t rows = larger(1, kPageBytes / larger(1, p.chunk_step * static_cast<int64_t>(sizeof(T))));
+    for (const int64_t end = smaller(c + n, item.chunk_end); c < end; c += rows) __builtin_prefetch(chunk_key(item, c), 0, 2);
+  }
+
   void open_streams(int64_t count) const {
     for (int64_t i = 0; i < count; ++i)
       streams[i] = {stream_score + i * capacity_of_stream, stream_id + i * capacity_of_stream, 0, -__builtin_inff()};
@@ -154,17 +162,24 @@ struct Router {
       }
       return;
     }
-    pack_queries(item);
-    if (p.super_chunk > 0) return scan_supers(item);
+    if (p.super_chunk > 0) {
+      pack_queries(item);
+      return scan_supers(item);
+    }
     const T **now = rows, **later = next;
     const auto point = [&](const T** to, int64_t c, int64_t n) {
       for (int64_t j = 0; j < n; ++j) to[j] = chunk_key(item, c + j);
     };
-    point(now, item.chunk_begin, smaller(kBlock, item.chunk_end - item.chunk_begin));
+    const int64_t at_first = smaller(kBlock, item.chunk_end - item.chunk_begin);
+    point(now, item.chunk_begin, at_first);
+    ask_for_pages(item, item.chunk_begin, kBlocksAhead * kBlock);
+    ask_for(now, 0, at_first, at_first, p.dim);
+    pack_queries(item);
     for (int64_t c = item.chunk_begin; c < item.chunk_end; c += kBlock) {
       const int64_t n = smaller(kBlock, item.chunk_end - c);
       const int64_t following = larger(0, smaller(kBlock, item.chunk_end - c - kBlock));
       point(later, c + kBlock, following);
+      ask_for_pages(item, c + kBlocksAhead * kBlock, kBlock);
       multiply(item.count, now, n, later, following);
       if (block) {
         for (int64_t i = 0; i < item.count * lanes; ++i) offer(stream(i), s + i * kBlock, n, c);
@@ -277,7 +292,7 @@ struct Router {
     return n;
   }
 
-  void ask_for_candidates(const RouteItem& item, const Stream& picked) const {
+  HICI_ASK void ask_for_candidates(const RouteItem& item, const Stream& picked) const {
     for (int64_t i = 0; i < picked.count; ++i)
       for (int64_t m = 0; m < p.groups; ++m) {
         const T* const key = group_key(item, picked.id[i] * p.groups + m);
@@ -291,7 +306,11 @@ struct Router {
       stream(i).cut(keep);
       force_previous(stream(i), index(item, i / lanes));
     }
-    if (few) ask_for_candidates(item, stream(0));
+    if (few) {
+      for (int64_t i = 0; i < item.count * lanes; ++i)
+        for (int64_t j = 0; j < stream(i).count; ++j) __builtin_prefetch(group_key(item, stream(i).id[j] * p.groups), 0, 2);
+      ask_for_candidates(item, stream(0));
+    }
     for (int64_t i = 0; i < item.count; ++i)
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t row = i * lanes + l;

@@ -101,7 +101,7 @@ inline void offset_rows(const T* const* rows, int64_t count, int64_t by, const T
   for (int64_t i = 0; i < count; ++i) out[i] = rows[i] + by;
 }
 
-inline void ask_for_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+HICI_ASK void ask_for_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // An operand over the channels, columns x channels, packed in pieces of kCut channels: piece k0 begins at k0 * columns.
 //

@@ -12,7 +12,7 @@ namespace hici::cpu::HICI_PATH {
 #if defined(HICI_PATH_AVX512)
 using Words = __m512i;
 
-inline void transpose(Words r[16]) {
+__attribute__((always_inline)) inline void transpose(Words r[16]) {
   Words s[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
@@ -74,7 +74,7 @@ inline void store_interleaved(bfloat16* p, bfloat16* q, __m512i a, __m512i b) {
 #else
 using Words = Vec;
 
-inline void transpose(Words r[8]) {
+__attribute__((always_inline)) inline void transpose(Words r[8]) {
   Words s[8];
   for (int i = 0; i < 8; i += 2) {
     s[i] = __builtin_shuffle(r[i], r[i + 1], simd::i32x8{0, 8, 1, 9, 4, 12, 5, 13});
@@ -112,6 +112,14 @@ inline void transposed_tile(const T* const* rows, int64_t n, int64_t at, int64_t
   constexpr int64_t width = kLanes * reduction<Op>::pair;
   Words w[kLanes];
   const int64_t there = smaller(width, d - at);
+  if (n >= kLanes && there == width) {  // the usual tile stays in registers
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) w[i] = words<Op>(rows[i] + at);
+    transpose(w);
+#pragma GCC unroll 16
+    for (int t = 0; t < kLanes; ++t) run(t, w[t]);
+    return;
+  }
   for (int i = 0; i < kLanes; ++i) {
     if (i >= n || there <= 0)
       w[i] = no_words();
@@ -126,7 +134,7 @@ inline void transposed_tile(const T* const* rows, int64_t n, int64_t at, int64_t
 
 // Asks for rows [i, i + count) of `ahead`, of which there are `total`, to come into the cache.
 template <class T>
-inline void ask_for(const T* const* ahead, int64_t i, int64_t count, int64_t total, int64_t d) {
+HICI_ASK void ask_for(const T* const* ahead, int64_t i, int64_t count, int64_t total, int64_t d) {
   for (const int64_t end = smaller(i + count, total); i < end; ++i)
     for (int64_t at = 0; at < d; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead[i] + at, 0, 2);
 }

@@ -13,6 +13,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// For functions that only prefetch: GCC takes such a function for one without effect and leaves out its calls.
+#if defined(__GNUC__)
+#define HICI_ASK __attribute__((always_inline)) inline
+#else
+#define HICI_ASK inline
+#endif
+
 namespace hici::cpu::HICI_PATH {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _native
 from .layout import Layout
 from .meter import Meter
 
@@ -89,7 +90,10 @@ class Pool:
             size = count * self.record_bytes
             self.meter.require(self.where, size, f"a history of {needed} records of {self.record_bytes} bytes")
             shape = (count, self.layout.pages, self.layout.page_bytes)
-            self.slabs.append(torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=self.pinned))
+            slab = torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
+            if slab.is_cpu and not self.pinned and _native.status() is None:
+                _native.library().hga_large_pages(slab)
+            self.slabs.append(slab)
             self.starts = torch.cat((self.starts, torch.tensor([self.room])))
             self.first_pages = (self.starts * self.layout.pages).numpy()
             origin = self.slabs[-1].data_ptr() - self.room * self.record_bytes

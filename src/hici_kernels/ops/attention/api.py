@@ -167,11 +167,16 @@ def _check(
     s, hkv = k.shape[1], k.shape[2]
     if t > s:
         raise ValueError(f"q must have at most as many positions as k ({s}), got {t}")
+    slots = not (global_k is None and global_v is None and local_k is None and local_v is None)
+    masks = not (prefix_mask is None and attention_mask is None and cu_seqlens is None)
+    # a call for one query spends a tenth of its time on what follows
+    if segment_len is None and not slots and not masks and type(recurrence_len) is int and recurrence_len == 0:
+        return
     if segment_len is not None:
         _checks.integer("segment_len", segment_len, 1)
     _checks.integer("recurrence_len", recurrence_len, 0, segment_len)
 
-    if global_k is not None or global_v is not None or local_k is not None or local_v is not None:
+    if slots:
         _check_slots(q, global_k, global_v, local_k, local_v)
 
     n: int | None = segments.count(s, segment_len)

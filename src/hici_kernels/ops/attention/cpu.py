@@ -27,7 +27,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Ten
     b, t, hq, _ = q.shape
     # half the time of an allocation by shape, which a call for one query would notice
     out = torch.empty_like(q) if q.is_contiguous() else torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((b, hq, t), dtype=torch.float32)
+    lse = torch.empty(b, hq, t, dtype=torch.float32)
     _native.library().attention_forward(q, k, v, *_plain(rest), out, lse, *_native.execution())
     return out, lse
 
