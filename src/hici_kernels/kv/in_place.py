@@ -89,17 +89,19 @@ def lists(
     recent: dict[str, Tensor],
     place: Tensor,
     routes: Tensor,
-    rows: slice = slice(None),
-    heads: slice = slice(None),
+    of: tuple[slice, slice] | None = None,
 ) -> Lists:
     """What the queries at ``place`` [B, T] see: sinks, what ``routes`` [B, T, Hq, w] open, window and own chunk.
 
-    rows, heads: of the layer's rows and kv heads, those that place and routes are of.
+    of: the layer's rows and kv heads that place and routes are of; None = all.
     """
     b, t, hq, width = routes.shape
-    near = {n: recent[n][rows, :, heads] for n in "kv"}
-    sinks = {n: None if (x := state.buffers.get(f"sinks.{n}")) is None else x[rows, :, heads] for n in "kv"}
-    kv_heads = near["k"].shape[2]
+    base, records = state.base, state.records
+    given = (state.buffers.get("sinks.k"), state.buffers.get("sinks.v"), recent["k"], recent["v"])
+    if of is not None:
+        base, records = base[of[0]], records[of[0]]
+        given = tuple(None if x is None else x[of[0], :, of[1]] for x in given)  # type: ignore[assignment]
+    kv_heads = given[2].shape[2]
     r = hq // kv_heads
     room = b * kv_heads * longest(config, r, t, width, int(place.max()))
     space = torch.empty((5, room), dtype=torch.int64)
@@ -110,17 +112,14 @@ def lists(
     _native.library().hga_history_pages(
         routes,
         place,
-        state.base[rows],
-        state.records[rows],
+        base,
+        records,
         pages,
         config.chunk_size,
         config.group_size,
         config.keep_first,
         config.keep_last,
-        sinks["k"],
-        sinks["v"],
-        near["k"],
-        near["v"],
+        *given,
         k,
         v,
         starts,
@@ -131,7 +130,10 @@ def lists(
         counts,
     )
     n, cold = counts.tolist()
-    return Lists(k[:n], v[:n], starts[:n], offsets, visible[:n], at[:cold], number[:cold] + (heads.start or 0))
+    number = number[:cold]
+    return Lists(
+        k[:n], v[:n], starts[:n], offsets, visible[:n], at[:cold], number if of is None else number + of[1].start
+    )
 
 
 def only(found: Lists, begin: int, end: int) -> Lists:

@@ -15,9 +15,10 @@ class Meter:
         self.limits: dict[str, int | None] = {"device": device_bytes, "host": host_bytes, "disk": None}
         self.peak = dict.fromkeys(TIERS, 0)
         self._held: dict[tuple[str, str], int] = {}
+        self._total = dict.fromkeys(TIERS, 0)
 
     def held(self, tier: str) -> int:
-        return sum(size for (where, _), size in self._held.items() if where == tier)
+        return self._total[tier]
 
     def left(self, tier: str) -> int | None:
         """Bytes that may still be taken; None = no limit."""
@@ -38,8 +39,9 @@ class Meter:
             raise ValueError(f"{tier}_bytes is {self.limits[tier]}, but {what} needs {needed} bytes")
 
     def set(self, tier: str, account: str, size: int) -> None:
+        self._total[tier] += size - self._held.get((tier, account), 0)
         self._held[tier, account] = size
-        self.peak[tier] = max(self.peak[tier], self.held(tier))
+        self.peak[tier] = max(self.peak[tier], self._total[tier])
 
     def get(self, tier: str, account: str) -> int:
         return self._held.get((tier, account), 0)
@@ -47,6 +49,9 @@ class Meter:
     @contextlib.contextmanager
     def scratch(self, tier: str, size: int, what: str) -> Iterator[None]:
         """Memory that lives for the block only."""
+        if not size:
+            yield
+            return
         self.require(tier, size, what)
         self.set(tier, "scratch", self.get(tier, "scratch") + size)
         try:
@@ -56,3 +61,4 @@ class Meter:
 
     def clear(self) -> None:
         self._held.clear()
+        self._total = dict.fromkeys(TIERS, 0)

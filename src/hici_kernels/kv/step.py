@@ -372,7 +372,7 @@ class Engine:
                     at = place[rows, now].contiguous()
                     with self.meter.scratch("host", counted, f"the pages that {now.stop - start} queries see"):
                         route = routes[rows, now, of].contiguous()
-                        found = in_place.lists(state, self.config, layout.pages, near, at, route, rows, heads)
+                        found = in_place.lists(state, self.config, layout.pages, near, at, route, (rows, heads))
                         out[rows, now, of] = self._attend_lists(found, q[rows, now, of], at)
                     pages.append(found.number)
         # of a call so long that it was cut, nothing is read ahead

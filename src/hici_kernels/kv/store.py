@@ -488,8 +488,10 @@ class KVStore:
         """Ask for what the next layer used in the step before; called when this layer has what it needs."""
         engine = self._engine
         assert engine is not None
+        if not self.prefetch or engine.tier.resident or self.layers == 1 or queries > DECODE_QUERIES:
+            return
         pages = self._layers[(layer + 1) % self.layers].last_pages
-        if self.prefetch and self.layers > 1 and queries <= DECODE_QUERIES and pages is not None:
+        if pages is not None:
             engine.tier.prefetch(pages[engine.records.alive(pages)])
 
     def _cut(self, layer: LayerState, row: int, length: int) -> None:
