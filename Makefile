@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 # one thread per test process: the processes already fill the machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: demo test fast slow aot lint matrix sanitize wheel install clean
+.PHONY: demo test fast slow aot lint matrix optional sanitize wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -40,6 +40,13 @@ matrix: $(STAMP)
 			--target build/transformers-$$version transformers==$$version && \
 		PYTHONPATH=build/transformers-$$version $(PYTEST) tests/transformers_models tests/train || exit 1; \
 	done
+
+# the tests of what few install: DeepSpeed's engines and the standard evaluation harness, beside the environment
+optional: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/optional \
+		lm_eval einops hjson msgpack ninja psutil py-cpuinfo pydantic
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/optional --no-deps deepspeed
+	PYTHONPATH=build/optional $(PYTEST) tests/train tests/evaluate/test_harness.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
