@@ -240,7 +240,7 @@ int64_t mask_bytes(const TensorView& t, int64_t groups) {
   check_cpu(t, "visible");
   check_contiguous(t, "visible");
   const DLDataType type = t.dtype();
-  if (type != kUInt8 && type != kInt64) TVM_FFI_THROW(TypeError) << "visible must be uint8 or int64, got " << type;
+  if (type != kUInt8 && type != kInt64) TVM_FFI_THROW(TypeError) << "visible must be uint8 or int64";
   if (groups > type.bits) TVM_FFI_THROW(ValueError) << "visible has masks of " << type.bits << " bits, expected " << groups;
   return type.bits / 8;
 }
