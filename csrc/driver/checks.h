@@ -19,6 +19,7 @@ namespace hici::driver {
 
 void check_threads();
 void check_io(uint64_t seed, int cases);
+void check_hga_history(uint64_t seed, int cases);
 void check_attention(cpu::Isa isa, uint64_t seed, int cases);
 void check_local_slots(cpu::Isa isa, uint64_t seed, int cases);
 void check_global_stats(cpu::Isa isa, uint64_t seed, int cases);

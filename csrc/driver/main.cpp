@@ -45,11 +45,18 @@ int main(int argc, char** argv) {
       {"merge_attention", hici::driver::check_merge_attention},
       {"hga", hici::driver::check_hga},
   };
+  // what is the same on every path
+  struct Common {
+    const char* name;
+    void (*run)(uint64_t, int);
+  };
+  const Common common[] = {{"io", hici::driver::check_io}, {"hga_history", hici::driver::check_hga_history}};
   int run = 0;
   if (cases > 0) hici::driver::check_threads();
-  if (cases > 0 && (!only || std::strcmp(only, "io") == 0)) {
-    hici::driver::check_io(seed, cases);
-    std::printf("io: %d cases hold\n", cases);
+  for (const Common& check : common) {
+    if (cases < 1 || (only && std::strcmp(only, check.name) != 0)) continue;
+    check.run(seed, cases);
+    std::printf("%s: %d cases hold\n", check.name, cases);
     std::fflush(stdout);
     ++run;
   }
@@ -61,6 +68,6 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
       ++run;
     }
-  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention | hga | io]");
+  if (!run) hici::driver::fail("usage: driver [cases >= 1] [seed] [foundation | attention | local_slots | global_stats | merge_attention | hga | io | hga_history]");
   return 0;
 }
