@@ -9,7 +9,8 @@ interpreter, then extended to 8K with the same number of steps of the same text 
     (c) HiCI in every context mode, leaking ones included, the same LoRA on host and slots
     (d) nothing: dual chunk attention      (e) nothing: routed attention (HGA), also on top of (a)
 and every model is read by the attention it was trained with and by plain full attention. One table: loss of the same
-held-out bytes by context length, parameters added, seconds, and whether changing later bytes changes earlier logits.
+held-out bytes by context length, parameters added, seconds of training, and whether changing later bytes changes
+earlier logits.
 
 A loss through a mode that leaks is no language-model loss: such numbers are in brackets. "last byte" scores one byte
 after a window that ends before it, and is valid for every mode.
@@ -116,10 +117,11 @@ class Row:
 
 
 TRAININGS = ("lora", "s2", *(f"hici-{mode}" for mode in CONTEXT_MODES))
+CONTROL = "(a) interpolation + LoRA"
 ROWS = (
     Row("base, nothing done", "base", "full"),
     Row("base, position interpolation", "base-pi", "full"),
-    Row("(a) interpolation + LoRA", "lora", "full"),
+    Row(CONTROL, "lora", "full"),
     Row("(b) LongLoRA S2, full attention", "s2", "full"),
     *(
         row
@@ -438,11 +440,14 @@ def table(result: dict[str, Any]) -> str:
     """Markdown. Means over seeds; a loss through a leak is in brackets."""
     lengths = Sizes(**result["sizes"]).lengths
     costs = {(t["training"], t["seed"]): t for t in result["trainings"]}
-    titles = ["method", *(f"loss at {n}" for n in lengths), "last byte", "added", "seconds", "leak test"]
+    far_end = lengths[-1]
+    difference = f"at {far_end} minus (a)"
+    titles = ["method", *(f"loss at {n}" for n in lengths), difference, "last byte", "added", "seconds", "leak test"]
     lines = [
         f"| {' | '.join(titles)} |",
-        f"|{'---|' * (len(lengths) + 5)}",
+        f"|{'---|' * len(titles)}",
     ]
+    control = {r["seed"]: r["loss"][str(far_end)]["mean"] for r in result["rows"] if r["row"] == CONTROL}
     for row in ROWS:
         mine = [r for r in result["rows"] if r["row"] == row.name]
         leaks = any(r["leak"]["leaks"] for r in mine)
@@ -450,15 +455,21 @@ def table(result: dict[str, Any]) -> str:
         for n in lengths:
             text = across([r["loss"][str(n)] for r in mine])
             cells.append(f"[{text}]" if leaks else text)
+        text = ", ".join(f"{r['loss'][str(far_end)]['mean'] - control[r['seed']]:+.4f}" for r in mine)
+        cells.append(f"[{text}]" if leaks else text)
         cells.append(across([r["last_byte"] for r in mine]))
         cost = [costs[row.weights, r["seed"]] for r in mine] if row.weights in TRAININGS else []
         cells.append(f"{cost[0]['parameters_added']:,}" if cost else "0")
-        cells.append(f"{statistics.fmean(c['seconds'] for c in cost):.0f}" if cost else "0")
+        cells.append(f"{statistics.fmean(c['steps'] * c['step_fastest_s'] for c in cost):.0f}" if cost else "0")
         far = max(r["leak"]["furthest"] for r in mine)
         cells.append(f"LEAKS, up to {far} bytes early" if leaks else "no leak")
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     lines.append("")
-    lines.append(f"Seeds {', '.join(map(str, result['seeds']))}; nats per byte, ± standard error over windows.")
+    lines.append(
+        f"Seeds {', '.join(map(str, result['seeds']))}, means over them; nats per byte, ± standard error over windows. "
+        "All rows read the same windows, so that differences are surer than that; each seed's stands by itself. "
+        "Seconds are those of the fastest step, as often: a run that shares its machine has no others."
+    )
     lines.append("")
     lines.append("| training | step, median | fastest to slowest | kept for the backward pass |")
     lines.append("|---|---|---|---|")

@@ -24,8 +24,8 @@ RunPath run_path(Isa isa) {
 
 // Rows of a list. More rows share what is packed; fewer keep their sums in the second-level cache.
 constexpr int64_t kListRows = 512;
-// Tokens of a run where it is read once, and of a part of such a list at least.
-constexpr int64_t kFewTokens = 16, kPartTokens = 512;
+// Tokens of a part of a list of few rows at least.
+constexpr int64_t kPartTokens = 512;
 constexpr int64_t kItems = 64;
 // Tokens times rows below which a call is over before another thread has woken up.
 constexpr int64_t kWorthTokens = 1 << 12;

@@ -62,8 +62,9 @@ void hga_attention_backward(const RoutedProblem& problem, const Sequence4& grad_
 
 // Tokens of a run at most.
 constexpr int64_t kRunTokens = 64;
-// Rows up to which a list is attended without packing keys: they are then read faster than they could be packed.
-constexpr int64_t kFewRows = 16;
+// Rows up to which a list is attended without packing keys: they are then read faster than they could be packed; and
+// tokens of a run of such a list at most.
+constexpr int64_t kFewRows = 16, kFewTokens = 16;
 
 struct Run {
   // of its first token; with `columns`, of column 0: token i lies at column columns[i]

@@ -21,6 +21,10 @@ void RunBuilder::start(const Problem& p, const RunRows& rows, void* out, float* 
   const int64_t group = p.heads / p.kv_heads;
   q_.clear(), index_.clear(), out_.clear(), lse_.clear(), runs_.clear(), row_ids_.clear();
   tokens_ = 0;
+  // a decode step makes few lists, each with memory of its own: as much of it as such a list fills, at once
+  constexpr size_t kUsual = 512;
+  for (auto* const x : {&row_ids_, &touched_, &row_of_, &group_of_}) x->reserve(kUsual);
+  runs_.reserve(kUsual);
   const int64_t out_size = wide_out(p) ? 4 : size_;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t h = 0; h < group; ++h) {

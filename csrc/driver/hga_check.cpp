@@ -234,6 +234,8 @@ std::vector<int64_t> expected_route(const Call& c, const Tables<T>& x, int64_t b
   };
   std::vector<int64_t> pool, seen;
   for (int64_t i = f.begin(p); i < std::min(f.end(p), x.n); ++i) pool.push_back(i);
+  // what stands in for a window is there whatever its super-chunk scores
+  const bool previous = !pool.empty() && std::find(pool.begin(), pool.end(), n - 1) != pool.end();
   if (f.supers_of) {
     std::map<int64_t, double> above;
     for (int64_t i = 0; i < x.n / f.supers_of; ++i)
@@ -267,7 +269,6 @@ std::vector<int64_t> expected_route(const Call& c, const Tables<T>& x, int64_t b
     return found;
   };
   std::vector<int64_t> picks = best(scores(seen, x.chunks, pool), f.topk_chunks);
-  const bool previous = !pool.empty() && std::find(pool.begin(), pool.end(), n - 1) != pool.end();
   if (f.last == 0 && !picks.empty() && previous && std::find(picks.begin(), picks.end(), n - 1) == picks.end()) picks.back() = n - 1;
   std::vector<int64_t> inside;
   for (int64_t i : picks)

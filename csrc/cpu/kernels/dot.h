@@ -33,17 +33,31 @@ inline Vec sums_of(const Vec a[8]) {
 }
 #endif
 
+// Rows at equal distances: [4 i + j] for j < 4 is near[i] + j * step, which takes few registers.
+template <class T>
+struct Spaced {
+  const T* near[kLanes / 4];
+  int64_t step, three;
+
+  Spaced(const T* base, int64_t apart) : step(apart), three(3 * apart) {
+    for (int i = 0; i < kLanes / 4; ++i) near[i] = base + 4 * i * apart;
+  }
+  const T* operator[](int i) const {
+    const T* const base = near[i / 4];
+    return i % 4 == 3 ? base + three : base + i % 4 * step;
+  }
+};
+
 // Asks for the line at element `at` of rows [0, count): a few between products, since a burst of them waits for its turn
 // and the products with it.
-template <class T>
-HICI_ASK void ask_for_lines(const T* const* rows, int64_t count, int64_t at) {
+template <class Rows>
+HICI_ASK void ask_for_lines(const Rows& rows, int64_t count, int64_t at) {
   for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows[i] + at, 0, 3);
 }
 
-// Lane i: q . rows[i]. `ahead`: rows [0, ahead_count) that are wanted next.
-template <class T>
-inline Vec dots_of_lanes(const T* q, const T* const* rows, int64_t d, const T* const* ahead = nullptr,
-                         int64_t ahead_count = 0) {
+// Lane i: q . rows[i]. `ahead`: rows [0, ahead_count) that are wanted next. Rows: pointers, or what gives them by number.
+template <class T, class Rows, class Ahead = const T* const*>
+inline Vec dots_of_lanes(const T* q, const Rows& rows, int64_t d, const Ahead& ahead = {}, int64_t ahead_count = 0) {
   Vec sum[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sum[i] = zeros();

@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 64, kRows = 128;
 // Queries of few rows wait for memory: the candidates of the next row are asked for while one is scored.
 constexpr int64_t kFewRows = 16;
 // Blocks of chunk keys between the one multiplied and the one whose pages of memory are looked up.
-constexpr int64_t kBlocksAhead = 4, kPageBytes = 4096;
+constexpr int64_t kBlocksAhead = 4;
 
 // Entries a stream may hold above what it keeps, before it is cut.
 inline int64_t slack(int64_t keep) { return larger(keep, 32); }
@@ -423,8 +423,7 @@ struct Router {
       return;
     }
     if (count == 0) return;
-    float least;
-    const float level = level_of(scores, n, count, &least);
+    const float level = level_of(scores, n, count);
     int64_t above = 0;
     for (int64_t i = 0; i < n; ++i) above += scores[i] > level;
     int64_t equal = count - above;

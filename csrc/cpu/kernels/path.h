@@ -22,6 +22,9 @@
 
 namespace hici::cpu::HICI_PATH {
 
+// The smallest page of memory an address is looked up by.
+constexpr int64_t kPageBytes = 4096;
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }

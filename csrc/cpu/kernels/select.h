@@ -42,14 +42,27 @@ inline float of_rank(int32_t rank) {
   return x;
 }
 
-// The `keep`-th highest of n > keep >= 1 scores.
-inline float level_of(const float* score, int64_t n, int64_t keep, float* least) {
-  float low = score[0], high = score[0];
-  for (int64_t i = 1; i < n; ++i) low = score[i] < low ? score[i] : low, high = score[i] > high ? score[i] : high;
-  *least = low;
-  int64_t lowest = rank_of(low), highest = rank_of(high);
-  while (lowest < highest) {
-    const int64_t middle = lowest + (highest - lowest + 1) / 2;
+// Steps in which the middle of two scores is their mean, before it is the middle of their ranks: scores lie much more
+// evenly than ranks do, but only halving ranks surely ends.
+constexpr int kMeans = 20;
+
+// A level that as few as possible of n > keep >= 1 scores reach, and at least `keep`: more only where some are equal.
+inline float level_of(const float* score, int64_t n, int64_t keep) {
+  Vec low = splat(score[0]), high = low;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) low = min(load(score + i), low), high = max(load(score + i), high);
+  if (i < n) {
+    const Vec x = keep_first(n - i, load_part(score + i, n - i), splat(score[0]));
+    low = min(x, low), high = max(x, high);
+  }
+  int64_t lowest = rank_of(reduce_min(low)), highest = rank_of(reduce_max(high));
+  for (int step = 0; lowest < highest; ++step) {
+    int64_t middle = lowest + (highest - lowest + 1) / 2;
+    if (step < kMeans) {
+      const float a = of_rank(static_cast<int32_t>(lowest)), b = of_rank(static_cast<int32_t>(highest));
+      const int64_t mean = rank_of(0.5f * a + 0.5f * b);
+      if (mean > lowest && mean <= highest) middle = mean;
+    }
     const int64_t count = count_at_least(score, n, of_rank(static_cast<int32_t>(middle)));
     if (count == keep) return of_rank(static_cast<int32_t>(middle));
     if (count > keep)
@@ -74,25 +87,42 @@ struct Stream {
       count = 0;
       return;
     }
-    float least;
-    const float level = level_of(score, count, keep, &least);
-    // above the level all, at the level the first
-    int64_t above = 0;
-    for (int64_t i = 0; i < count; ++i) above += score[i] > level;
-    const int64_t reached = count_at_least(score, count, level);
-    int64_t equal = keep - above;
-    if (reached == keep) equal = keep;
+    const float level = level_of(score, count, keep);
     int64_t to = 0;
-    float kept_least = __builtin_inff();
+#if defined(HICI_PATH_AVX512)
+    if (count_at_least(score, count, level) == keep) {
+      const Vec limit = splat(level);
+      Vec least = splat(__builtin_inff());
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const __mmask16 there = hici::cpu::HICI_PATH::first(smaller(kLanes, count - i));
+        const Vec x = _mm512_maskz_loadu_ps(there, score + i);
+        const __m512i at = _mm512_maskz_loadu_epi32(there, id + i);
+        const __mmask16 taken = _mm512_mask_cmp_ps_mask(there, x, limit, _CMP_GE_OQ);
+        const int64_t n = __builtin_popcount(taken);
+        least = _mm512_mask_min_ps(least, taken, least, x);
+        const __mmask16 places = hici::cpu::HICI_PATH::first(n);
+        _mm512_mask_storeu_ps(score + to, places, _mm512_maskz_compress_ps(taken, x));
+        _mm512_mask_storeu_epi32(id + to, places, _mm512_maskz_compress_epi32(taken, at));
+        to += n;
+      }
+      count = to;
+      floor = reduce_min(least);
+      return;
+    }
+#endif
+    // of those that equal the level, the first
+    int64_t equal = keep;
+    for (int64_t i = 0; i < count; ++i) equal -= score[i] > level;
+    float least = __builtin_inff();
     for (int64_t i = 0; i < count; ++i) {
       const float x = score[i];
       const bool taken = x > level || (x == level && equal-- > 0);
       score[to] = x, id[to] = id[i];
-      if (taken && x < kept_least) kept_least = x;
+      if (taken && x < least) least = x;
       to += taken;
     }
     count = to;
-    floor = kept_least;
+    floor = least;
   }
 
   // Appends the entries (s[i], first_id + i) that may still be wanted.
