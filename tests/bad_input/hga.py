@@ -210,6 +210,8 @@ CASES = [
     ),
     ("KVStore: negative bank_pages", store(tier="host", bank_pages=-1), ValueError, "bank_pages must be at least 0"),
     ("KVStore: cold_dtype of 16 bits", store(cold_dtype=torch.float16), ValueError, "cold_dtype must be None or torch"),
+    ("KVStore: unknown fetch", store(fetch="push", tier="host"), ValueError, "fetch must be one of 'copy', 'gather'"),
+    ("KVStore: fetch without a bank", store(fetch="gather"), ValueError, "fetch must be 'copy' with tier='device'"),
     ("KVStore: no queue", store(queue_depth=0), ValueError, "queue_depth must be at least 1"),
     ("KVStore: unknown io", store(io="mmap"), ValueError, "io must be one of"),
     ("KVStore: direct an int", store(direct=1), TypeError, "direct must be a bool"),

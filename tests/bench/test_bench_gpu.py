@@ -37,6 +37,7 @@ def tiny_cases(dtype: torch.dtype = torch.float32) -> list[GpuCase]:
         gpu_hga_cases.route_case(20, 3, dtype, 16),
         gpu_hga_cases.routed_case(128, 128, dtype, 16),
         gpu_hga_cases.decode_case(1280, dtype, 16),
+        gpu_hga_cases.gather_case(64, 20, dtype),
     ]
 
 
@@ -70,7 +71,7 @@ def test_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 0
     assert (tmp_path / "b" / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert [r["correct"] for r in report["checks"]] == [True]
-    both = {op for op in gpu_checks.OPS if not op.startswith("hga")}
+    both = {op for op in gpu_checks.OPS if not op.startswith(("hga", "gather"))}
     expected = {(op, "forward") for op in gpu_checks.OPS} | {(op, "backward") for op in both}
     assert {(r["op"], r["direction"]) for r in report["cases"]} == expected
     for row in report["cases"]:

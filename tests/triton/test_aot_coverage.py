@@ -14,9 +14,9 @@ import hici_kernels
 pytest.importorskip("triton.language")
 
 # operation -> how many kernels it launches at least
-OPS = {"local_slots": 7, "global_stats": 7, "hga_summaries": 1, "hga_route": 3, "hga_attention": 3}
+OPS = {"local_slots": 7, "global_stats": 7, "hga_summaries": 1, "hga_route": 3, "hga_attention": 3, "gather_rows": 1}
 # compiled in one dtype, which stands for all
-ONE_DTYPE = {"route_runs"}
+ONE_DTYPE = {"route_runs", "gather"}
 # recording takes the launch of kernels out of the whole process
 RECORD = """
 import json, sys
@@ -79,6 +79,7 @@ def test_every_kernel_that_is_launched(recorded: list, op: str, arch: str) -> No
         ("scan_chunks", {"SHARED"}),
         ("pick_groups", {"SHARED", "PREVIOUS"}),
         ("route_runs", {"SHARED", "PREVIOUS", "BLOCK_RULE"}),
+        ("gather", {"ALIGNED"}),
     ],
 )
 def test_every_form_of_a_kernel(recorded: list, kernel: str, flags: set[str]) -> None:

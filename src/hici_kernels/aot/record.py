@@ -255,6 +255,12 @@ def _hga_attention(entry: Entry) -> Problems:
         yield "mask, scale below 0", call(4096, 4096, 8, True, -1.0)
 
 
+def _gather_rows(entry: Entry) -> Problems:
+    # where an address ends is known on the host: 32 KiB pages, and pages of an odd number of words
+    for row_bytes, what in ((entry.head_dim, "aligned"), (entry.head_dim + 4, "any word")):
+        yield what, (torch.zeros(64, dtype=torch.int64), row_bytes, torch.device(NOWHERE))
+
+
 PROBLEMS: dict[str, Callable[[Entry], Problems]] = {
     "attention": _attention,
     "local_slots": _local_slots,
@@ -262,6 +268,7 @@ PROBLEMS: dict[str, Callable[[Entry], Problems]] = {
     "hga_summaries": _hga_summaries,
     "hga_route": _hga_route,
     "hga_attention": _hga_attention,
+    "gather_rows": _gather_rows,
 }
 
 

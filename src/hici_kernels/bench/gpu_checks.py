@@ -26,7 +26,7 @@ from .case import Inputs, Outputs
 from .gpu_check import ALL, Check
 from .gpu_dense import dense_attention, seeded
 
-OPS = ("attention", "local_slots", "global_stats", "hga_summaries", "hga_route", "hga_attention")
+OPS = ("attention", "local_slots", "global_stats", "hga_summaries", "hga_route", "hga_attention", "gather_rows")
 DRAWS = 5
 
 
@@ -39,6 +39,7 @@ def checks(device: torch.device, ops: tuple[str, ...] = OPS) -> Iterator[Check]:
         "hga_summaries": gpu_hga_checks.summaries,
         "hga_route": gpu_hga_checks.routes,
         "hga_attention": gpu_hga_checks.attention,
+        "gather_rows": gpu_hga_checks.gathered,
     }
     for op in ops:
         yield from of[op](device)

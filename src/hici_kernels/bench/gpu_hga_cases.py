@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _dispatch
 from ..config import HGAConfig
 from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_attention.op import attention_forward
@@ -41,6 +42,7 @@ def hga_cases(dtype: torch.dtype) -> list[GpuCase]:
         routed_case(32768, 4096, dtype),
         decode_case(1 << 16, dtype),
         decode_case(1 << 20, dtype),
+        *(gather_case(row_bytes, (64 << 20) // row_bytes, dtype) for row_bytes in (1 << 12, 1 << 13, 1 << 14, 1 << 15)),
     ]
 
 
@@ -154,6 +156,67 @@ def decode_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
         forward=Work(4 * d * HEADS * seen + 2 * d * HEADS * (n + c.topk_chunks * m), dtype.itemsize * read),
         backward=NO_BACKWARD,
         baselines={"sdpa, every token": Baseline(_dense, 4 * d * HEADS * tokens, same=False)},
+    )
+
+
+def gather_case(row_bytes: int, rows: int, dtype: torch.dtype) -> GpuCase:
+    """Rows anywhere in pinned memory brought to the device, by its processors and by its copy engines."""
+    order = torch.randperm(2 * rows, generator=torch.Generator().manual_seed(0))[:rows]
+
+    def inputs(device: torch.device) -> Inputs:
+        size = (2 * rows, row_bytes)
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return {"memory": memory.random_(generator=torch.Generator().manual_seed(0))}
+
+    def target(x: Inputs) -> torch.device:
+        return torch.device("cuda" if x["memory"].is_pinned() else "cpu")
+
+    def arguments(x: Inputs) -> tuple[Any, ...]:
+        return x["memory"].data_ptr() + order * row_bytes, row_bytes, target(x)
+
+    def call(x: Inputs, impl: str) -> Outputs:
+        given = arguments(x)
+        return (_dispatch.select("gather_rows", impl, *given).forward(*given),)
+
+    def on_the_host(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
+        staging = torch.empty_like(x["memory"][:rows], pin_memory=x["memory"].is_pinned())
+
+        def copied() -> Outputs:
+            torch.index_select(x["memory"], 0, order, out=staging)
+            return (staging.to(target(x), non_blocking=True),)
+
+        return copied, []
+
+    def row_by_row(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
+        out, at = torch.empty(rows, row_bytes, dtype=torch.uint8, device=target(x)), order.tolist()
+
+        def copied() -> Outputs:
+            for i, j in enumerate(at):
+                out[i].copy_(x["memory"][j], non_blocking=True)
+            return (out,)
+
+        return copied, []
+
+    def at_once(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
+        return lambda: (x["memory"][:rows].to(target(x), non_blocking=True, copy=True),), []
+
+    return GpuCase(
+        op="gather_rows",
+        name=f"{rows} rows of {row_bytes} bytes",
+        shape=f"{rows} rows of {row_bytes} bytes in pinned memory, {rows * row_bytes >> 20} MiB",
+        dtype=dtype,
+        inputs=inputs,
+        options={},
+        call=call,
+        # over the link once, into device memory once
+        forward=Work(0, 2 * rows * row_bytes),
+        backward=NO_BACKWARD,
+        baselines={
+            "host gather, one copy": Baseline(on_the_host, 0),
+            "one copy a row": Baseline(row_by_row, 0),
+            "one copy, consecutive": Baseline(at_once, 0, same=False),
+        },
+        arguments=arguments,
     )
 
 

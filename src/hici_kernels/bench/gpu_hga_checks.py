@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _dispatch
 from ..config import HGAConfig
 from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import hga_route
@@ -71,6 +72,35 @@ def summaries(device: torch.device) -> Iterator[Check]:
         yield problem("positions", dtype, positions=far)
         yield problem("odd", dtype, s=100, d=6, rotary=2, chunk_size=6, group_size=3)
         yield problem("one token a chunk", dtype, s=90, chunk_size=1, group_size=1)
+
+
+def gathered(device: torch.device) -> Iterator[Check]:
+    def problem(name: str, row_bytes: int, rows: int) -> Check:
+        dtype = torch.float32
+        numbers = row_bytes // dtype.itemsize
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+
+        def call(x: Inputs, impl: str) -> Outputs:
+            memory = x["memory"].cpu()
+            memory = memory.pin_memory() if device.type == "cuda" else memory
+            arguments = memory.data_ptr() + order * row_bytes, row_bytes, device
+            out = _dispatch.select("gather_rows", impl, *arguments).forward(*arguments).view(dtype)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the memory must outlive the launch
+            return (out,)
+
+        return Check(
+            "gather_rows",
+            name,
+            dtype,
+            lambda number: {"memory": seeded(rows + number, device)(rows, numbers)},
+            call,
+            lambda x: (x["memory"][order.to(device)],),
+            gradients=False,
+        )
+
+    for row_bytes in (4, 60, 4096, 32768, 32772):
+        yield problem(f"rows of {row_bytes} bytes", row_bytes, 50)
 
 
 def routes(device: torch.device) -> Iterator[Check]:

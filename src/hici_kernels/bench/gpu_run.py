@@ -118,7 +118,7 @@ def measure_all(
     rows = []
     with repeatable_backward():
         # an operation without a backward of its own has no work there
-        pairs = [(c, d) for c in plan for d in DIRECTIONS if c.work(d).flops]
+        pairs = [(c, d) for c in plan for d in DIRECTIONS if c.work(d).bytes]
         for case, direction in progress(pairs, "measuring"):
             right = [i for i in sides[case.op] if (case.op, i) not in wrong]
             rows.append(measure(case, direction, right, device, clock, rounds, found))

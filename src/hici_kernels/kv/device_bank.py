@@ -1,4 +1,8 @@
-"""A bank in device memory above the tiers "host" and "disk"."""
+"""A bank in device memory above the tiers "host" and "disk".
+
+Pages come to it as the host gathers and copies them, or (``fetch="gather"``) as a kernel reads them where they lie in
+pinned memory. That kernel runs when it runs: whatever may write to host memory waits for it first.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dispatch import select
 from .bank import Bank
 from .layout import Layout
 from .meter import Meter
@@ -20,9 +25,17 @@ class DeviceBank:
     resident = False
 
     def __init__(
-        self, lower: Tier, slots: int, device: torch.device, layout: Layout, meter: Meter, cycle: int = 1
+        self,
+        lower: Tier,
+        slots: int,
+        device: torch.device,
+        layout: Layout,
+        meter: Meter,
+        cycle: int = 1,
+        fetch: str = "copy",
     ) -> None:
-        self.lower, self.layout, self.meter, self.device = lower, layout, meter, device
+        self._lower, self.layout, self.meter, self.device, self.fetch = lower, layout, meter, device, fetch
+        self._reading: torch.cuda.Event | None = None
         size = slots * layout.page_bytes
         meter.require("device", size, f"a bank of {slots} pages")
         meter.set("device", "bank", size)
@@ -31,6 +44,14 @@ class DeviceBank:
         self._enter_lists()
         self.hits = self.misses = self.moved = 0
         self.busy = 0.0
+
+    @property
+    def lower(self) -> Tier:
+        """The tier below, when no kernel reads its memory any more."""
+        if self._reading is not None:
+            self._reading.synchronize()
+            self._reading = None
+        return self._lower
 
     def write(self, records: Tensor, pages: Tensor) -> None:
         self.lower.write(records, pages)
@@ -65,7 +86,7 @@ class DeviceBank:
         self.lower.free(pages)
 
     def prefetch(self, pages: Tensor) -> None:
-        self.lower.prefetch(self.bank.absent(pages))
+        self._lower.prefetch(self.bank.absent(pages))
 
     def counters(self) -> dict[str, Any]:
         below = self.lower.counters()
@@ -99,6 +120,14 @@ class DeviceBank:
 
     def _fetch(self, pages: Tensor) -> Tensor:
         began = time.perf_counter()
-        arrived = self.lower.pages(pages).to(self.device)
+        at = self.lower.located(pages) if self.fetch == "gather" else None
+        if at is None:
+            arrived = self.lower.pages(pages).to(self.device)
+        else:
+            given = at, self.layout.page_bytes, self.device
+            arrived = select("gather_rows", "triton", *given).forward(*given)
+            if self.device.type == "cuda":
+                self._reading = torch.cuda.Event()
+                self._reading.record(torch.cuda.current_stream(self.device))
         self.busy += time.perf_counter() - began
         return arrived

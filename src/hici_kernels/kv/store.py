@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._dispatch import check_impl
+from .._dispatch import check_impl, load
 from ..config import HGAConfig
-from ..errors import KVStoreError
+from ..errors import ImplError, KVStoreError
 from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
 from ..rope import Rope
@@ -74,14 +74,16 @@ class KVStore:
         bank_pages: pages (one chunk of one kv head, keys and values) of a bank on the device above tiers "host" and
             "disk"; least recently used pages leave. None = none on the CPU, where records are read in place, else what
             device_bytes leaves, at most 4096. A call that needs more is served past the bank.
+        fetch: how pages come to the bank: "copy" = gathered on the host and copied; "gather" = a kernel of the
+            accelerator reads them in pinned memory (Triton; its speed is not yet measured). The same bits.
         queue_depth: transfers in flight of tier "disk".
         io: "auto" = "uring" (io_uring) where the kernel allows it, else "threads" (pread and pwrite).
         direct: pass the page cache by where the file system can (O_DIRECT), so that nothing is cached twice.
         prefetch: while a layer is attended, read the pages that the next layer used in the step before.
 
     Raises:
-        TypeError, ValueError: naming the argument. ImplError: tier not served here. KVStoreError: ``path`` takes no
-        file.
+        TypeError, ValueError: naming the argument. ImplError: tier or fetch not served here. KVStoreError: ``path``
+        takes no file.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class KVStore:
         path: str | os.PathLike[str] | None = None,
         cold_dtype: torch.dtype | None = None,
         bank_pages: int | None = None,
+        fetch: str = "copy",
         queue_depth: int = 32,
         io: str = "auto",
         direct: bool = True,
@@ -124,6 +127,7 @@ class KVStore:
             _checks.integer("device_bytes", device_bytes, 0)
         if cold_dtype not in (None, torch.int8):
             raise ValueError(f"cold_dtype must be None or torch.int8, got {cold_dtype!r}")
+        _check_fetch(fetch, tier)
         _checks.integer("queue_depth", queue_depth, 1, 4096)
         _checks.choice("io", io, ("auto", "uring", "threads"))
         _checks.boolean("direct", direct)
@@ -134,7 +138,7 @@ class KVStore:
         self.device = torch.empty(0, device=device).device
         self.device_bytes, self.host_bytes = device_bytes, host_bytes
         self.path = None if path is None else os.path.abspath(path)
-        self.cold_dtype, self.bank_pages, self.prefetch = cold_dtype, bank_pages, prefetch
+        self.cold_dtype, self.bank_pages, self.fetch, self.prefetch = cold_dtype, bank_pages, fetch, prefetch
         self._io = {"depth": queue_depth, "backend": io, "direct": direct}
         self._meter = Meter(device_bytes, DEFAULT_HOST_BYTES if tier == "disk" and host_bytes is None else host_bytes)
         self._layers = [LayerState(i, batch, config, dtype, self._meter) for i in range(layers)]
@@ -330,8 +334,8 @@ class KVStore:
         Args:
             path: of the saved file, which is read once and not needed afterwards.
             device: as in the constructor.
-            options: tier, device_bytes, host_bytes, bank_pages, queue_depth, io, direct, prefetch of the constructor;
-                ``directory`` is its ``path``. The tier need not be that of the store that was saved.
+            options: tier, device_bytes, host_bytes, bank_pages, fetch, queue_depth, io, direct, prefetch of the
+                constructor; ``directory`` is its ``path``. The tier need not be that of the store that was saved.
 
         Raises:
             TypeError, ValueError: an option or a byte limit. KVStoreError: the file is missing, incomplete or damaged;
@@ -414,6 +418,7 @@ class KVStore:
                 cold_dtype=self.cold_dtype,
                 bank_pages=self.bank_pages,
                 prefetch=self.prefetch,
+                fetch=self.fetch,
             )
             new._io = dict(self._io)
             copied.fill(new, self)
@@ -473,7 +478,9 @@ class KVStore:
                 raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
             lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
         slots = self._device_slots(layout)
-        return lower if slots == 0 else DeviceBank(lower, slots, self.device, layout, self._meter, self.layers)
+        if slots == 0:
+            return lower
+        return DeviceBank(lower, slots, self.device, layout, self._meter, self.layers, self.fetch)
 
     def _device_slots(self, layout: Layout) -> int:
         if self.bank_pages is not None:
@@ -542,6 +549,17 @@ class KVStore:
             return list(range(self.batch))
         _checks.integer("row", row, 0, self.batch - 1)
         return [row]
+
+
+def _check_fetch(fetch: str, tier: str) -> None:
+    _checks.choice("fetch", fetch, ("copy", "gather"))
+    if fetch == "copy":
+        return
+    if tier == "device":
+        raise ValueError(f"fetch must be 'copy' with tier='device', got {fetch!r}")
+    reason = load("gather_rows", "triton")[1]
+    if reason is not None:
+        raise ImplError(f"fetch='gather' cannot be served: {reason}")
 
 
 def _check_tier(tier: str, host_bytes: int | None, path: object, bank_pages: int | None) -> None:

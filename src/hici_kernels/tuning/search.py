@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..bench.gpu_cases import GpuCase, attention_case, slots_case, stats_case
-from ..bench.gpu_hga_cases import route_case, routed_case, summaries_case
+from ..bench.gpu_hga_cases import gather_case, route_case, routed_case, summaries_case
 from ..bench.gpu_report import device_name, triton_version
 from ..bench.gpu_run import require_gpu
 from ..bench.gpu_timing import Clock, DeviceClock
@@ -123,6 +123,8 @@ def shapes(ops: list[str], dims: list[int], lens: list[int], dtypes: list[str]) 
                 for d in dims:
                     if d in ROUTED_DIMS:
                         yield Shape(op, (d, 0), routed_case(32768, 4096, dtype, d))
+            elif op == "gather_rows":
+                yield Shape(op, (1 << 15, 0), gather_case(1 << 15, 2048, dtype))
             if op.startswith("global_stats"):
                 for n in (4, 4096):
                     yield Shape(op, (4096, n), stats_case(f"{n} segments", n, dtype, False))

@@ -1,0 +1,1 @@
+"""Rows of bytes from anywhere in memory, side by side."""

@@ -1,0 +1,67 @@
+"""gather_rows' kernel under Triton's interpreter, and a store that fetches by it."""
+
+import pytest
+import torch
+from hga_cases import feed, small, store, tensors
+
+from hici_kernels import _native
+from hici_kernels._dispatch import select
+from hici_kernels.errors import ImplError
+from hici_kernels.ops.gather_rows import reference
+from hici_kernels.ops.gather_rows import triton as launch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("row_bytes", [4, 16, 60, 1024, 4096, 4100])
+@pytest.mark.parametrize("shift", [0, 4])
+def test_rows_from_anywhere(row_bytes: int, shift: int) -> None:
+    g = torch.Generator().manual_seed(row_bytes)
+    size = 7 * (row_bytes + 12)
+    memory = torch.randint(0, 256, (size + shift,), generator=g, dtype=torch.uint8)
+    offsets = torch.randperm(7, generator=g)[:5].sort(descending=True).values * (row_bytes + 12) // 4 * 4 + shift
+    addresses = memory.data_ptr() + offsets
+    expected = torch.stack([memory[i : i + row_bytes] for i in offsets.tolist()])
+    for module in (launch, reference):
+        found = module.forward(addresses, row_bytes, CPU)
+        assert found.dtype == torch.uint8 and torch.equal(found, expected), module.__name__
+
+
+def test_nothing_to_gather() -> None:
+    assert launch.forward(torch.empty(0, dtype=torch.int64), 64, CPU).shape == (0, 64)
+
+
+def test_what_is_not_served() -> None:
+    with pytest.raises(ImplError, match="multiple of 4 bytes, row_bytes is 6"):
+        select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 6, CPU)
+    with pytest.raises(ImplError, match="device is meta"):
+        select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 8, torch.device("meta"))
+
+
+@pytest.mark.parametrize("bank_pages", [3, 1000])
+@pytest.mark.parametrize("cold_dtype", [None, torch.int8])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_store_that_gathers_holds_the_same_bits(
+    tier: str, cold_dtype: torch.dtype | None, bank_pages: int, tmp_path
+) -> None:
+    if tier == "disk" and _native.status() is not None:
+        pytest.skip("the tier disk needs the native library")
+    q, k, v = tensors(200, dtype=torch.float32)
+    rest = {"path": str(tmp_path)} if tier == "disk" else {}
+    outs = {}
+    for fetch in ("copy", "gather"):
+        target = store(small(), k, tier=tier, fetch=fetch, bank_pages=bank_pages, cold_dtype=cold_dtype, **rest)
+        outs[fetch] = feed(target, q, k, v, list(range(100, 200, 5)))
+        assert target.stats()["bytes_moved"] > 0 or bank_pages == 3  # a call of more pages goes past the bank
+        target.close()
+    assert torch.equal(outs["copy"], outs["gather"])
+
+
+def test_it_is_the_kernel_that_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(120, dtype=torch.float32)
+    target = store(small(), k, tier="host", fetch="gather", bank_pages=1000)
+    calls = []
+    forward = launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *a: calls.append(a) or forward(*a))
+    feed(target, q, k, v, [60, 80, 100])
+    assert calls and all(a[1] == target.stats()["bytes_moved"] // sum(len(x[0]) for x in calls) for a in calls)
