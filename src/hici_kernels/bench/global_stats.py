@@ -14,6 +14,8 @@ from .case import Baseline, Case, Inputs, Outputs
 from .shapes import drawn
 
 REAL, LARGE = "4 segments of a 7B layer", "256 MiB"
+#: beside the large case, in every round: a machine's memory may be twice as fast a minute later
+COPY = "copy, as many bytes read and written"
 
 
 def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: bool, *, backward: bool = True) -> Case:
@@ -41,6 +43,14 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
             rows.append(torch.stack((mean, largest, smallest, std, unit), 1))
         return (torch.stack(rows, 1) if causal else rows[0],)
 
+    def halves(x: Inputs) -> Inputs:
+        moved = size * b * h * (n * m + 5 * (n if causal else 1)) // 2
+        source = x["local"].view(torch.uint8).flatten()[:moved]
+        return {"from": source, "to": torch.empty_like(source)}
+
+    baselines = {"amax, ties share gradient": Baseline(lambda x: statistics(x["local"], shared_ties=True))}
+    if name == LARGE:
+        baselines[COPY] = Baseline(lambda x: (x["to"].copy_(x["from"]),), prepare=halves)
     return Case(
         op="global_stats",
         name=name,
@@ -52,7 +62,7 @@ def make(name: str, b: int, n: int, m: int, h: int, dtype: torch.dtype, causal: 
         flops=6 * b * n * m * h,
         bytes=size * b * h * (n * m + 5 * (n if causal else 1)),
         differentiable=("local",) if backward else (),
-        baselines={"amax, ties share gradient": Baseline(lambda x: statistics(x["local"], shared_ties=True))},
+        baselines=baselines,
     )
 
 

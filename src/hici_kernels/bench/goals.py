@@ -8,7 +8,7 @@ from typing import Any
 from .. import _dispatch
 from . import decode
 from .case import FASTEST, PLAIN
-from .global_stats import LARGE, REAL
+from .global_stats import COPY, LARGE, REAL
 from .hici_layer import CORE, WHOLE
 from .local_slots import NARROW, WIDE
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 def goals(rows: list[Row], decoded: list[Row], ceilings: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry per goal: text, value, needed, aim, verdict ("reached", "missed", "reported", "not measured"), note."""
-    found = [*_attention(rows, ceilings), *_layer(rows), *_slots(rows), *_statistics(rows, ceilings)]
+    found = [*_attention(rows, ceilings), *_layer(rows), *_slots(rows), *_statistics(rows)]
     return [*found, *_decode(decoded)]
 
 
@@ -92,13 +92,13 @@ def _slots(rows: list[Row]) -> Iterable[dict[str, Any]]:
             yield _goal(text % "forward+backward", both, "x")
 
 
-def _statistics(rows: list[Row], ceilings: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def _statistics(rows: list[Row]) -> Iterable[dict[str, Any]]:
     of = [r for r in rows if r["op"] == "global_stats" and r["direction"] == "forward"]
     for row in of:
-        rate = _get(_judged(row), "bytes_per_s")
-        share = None if rate is None else rate / ceilings["copy_bytes_per_s"]
         seconds = _get(_judged(row), "median_s")
         if row["case"] == LARGE:
+            copy = row["sides"].get(COPY, {}).get("median_s")
+            share = None if seconds is None or copy is None else copy / seconds
             yield _goal(f"statistics {row['dtype']} of 256 MiB, share of copy bandwidth", share, "share", 0.7)
         if row["case"] == REAL:
             kind = "causal" if row["shape"].endswith("causal") else "shared"
