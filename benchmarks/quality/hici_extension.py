@@ -15,7 +15,7 @@ earlier logits.
 A loss through a mode that leaks is no language-model loss: such numbers are in brackets. "last byte" scores one byte
 after a window that ends before it, and is valid for every mode.
 
-Sized for about an hour on 2 cores with one seed; --base-steps and --steps scale it. Every step is resumable: run the
+About an hour on 2 cores with one seed; --base-steps and --steps scale it. Every step is resumable: run the
 same command again after an interruption, also after kill -9; what is finished is read from DIR. DIR remembers the
 arguments and refuses others.
 """
@@ -63,9 +63,9 @@ class Sizes:
     intermediate: int = 640
     base_context: int = 1024
     context: int = 8192
-    base_steps: int = 1200
+    base_steps: int = 600
     base_batch: int = 8
-    steps: int = 120
+    steps: int = 60
     base_lr: float = 2e-3
     lr: float = 3e-4
     hici_lr: float = 3e-3
