@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hici_kernels import HGAConfig, KVStore, _native
+from hici_kernels._triton import interpreted
+from hici_kernels.errors import ImplError
 from hici_kernels.kv.bank import Bank
 from hici_kernels.kv.columns import Columns
 from hici_kernels.kv.disk import Disk
@@ -113,6 +115,13 @@ def test_p20_any_budget_and_bank(tmp_path_factory, seed, pages, w, f, kc, kg, co
     ):
         for x, y in zip(play(near, seed, 2), play(far, seed, 2), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(interpreted(), reason="the interpreter gathers on the CPU")
+def test_what_cannot_gather_says_so_at_once() -> None:
+    k = torch.zeros(1, 1, 2, 16)
+    with pytest.raises(ImplError, match="fetch='gather' cannot be served: "):
+        store(small(), k, tier="host", fetch="gather", bank_pages=4)
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [500, 501, 1500], [1030]])

@@ -127,7 +127,6 @@ class KVStore:
             _checks.integer("device_bytes", device_bytes, 0)
         if cold_dtype not in (None, torch.int8):
             raise ValueError(f"cold_dtype must be None or torch.int8, got {cold_dtype!r}")
-        _check_fetch(fetch, tier)
         _checks.integer("queue_depth", queue_depth, 1, 4096)
         _checks.choice("io", io, ("auto", "uring", "threads"))
         _checks.boolean("direct", direct)
@@ -136,6 +135,7 @@ class KVStore:
         self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
         # "cuda" names the current device: a tensor says which one that is
         self.device = torch.empty(0, device=device).device
+        _check_fetch(fetch, tier, self.device)
         self.device_bytes, self.host_bytes = device_bytes, host_bytes
         self.path = None if path is None else os.path.abspath(path)
         self.cold_dtype, self.bank_pages, self.fetch, self.prefetch = cold_dtype, bank_pages, fetch, prefetch
@@ -551,13 +551,15 @@ class KVStore:
         return [row]
 
 
-def _check_fetch(fetch: str, tier: str) -> None:
+def _check_fetch(fetch: str, tier: str, device: torch.device) -> None:
     _checks.choice("fetch", fetch, ("copy", "gather"))
     if fetch == "copy":
         return
     if tier == "device":
         raise ValueError(f"fetch must be 'copy' with tier='device', got {fetch!r}")
-    reason = load("gather_rows", "triton")[1]
+    module, reason = load("gather_rows", "triton")
+    if module is not None:
+        reason = module.rejects(torch.empty(0, dtype=torch.int64), module.WORD, device)
     if reason is not None:
         raise ImplError(f"fetch='gather' cannot be served: {reason}")
 
