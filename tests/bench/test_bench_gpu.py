@@ -11,7 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hici_kernels.bench import gpu_attention, gpu_cases, gpu_check, gpu_checks, gpu_hga_cases, gpu_run, gpu_timing
+from hici_kernels.bench import (
+    gpu_attention,
+    gpu_cases,
+    gpu_check,
+    gpu_checks,
+    gpu_hga_cases,
+    gpu_run,
+    gpu_store_case,
+    gpu_timing,
+)
 from hici_kernels.bench.case import Inputs, Outputs
 from hici_kernels.bench.gpu_case import Baseline, GpuCase
 from hici_kernels.bench.gpu_dense import dense_attention
@@ -38,6 +47,7 @@ def tiny_cases(dtype: torch.dtype = torch.float32) -> list[GpuCase]:
         gpu_hga_cases.routed_case(128, 128, dtype, 16),
         gpu_hga_cases.decode_case(1280, dtype, 16),
         gpu_hga_cases.gather_case(64, 20, dtype),
+        gpu_store_case.store_case(1283, 20, dtype, 16, 2),
     ]
 
 

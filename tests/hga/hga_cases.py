@@ -78,6 +78,32 @@ def feed(target: KVStore, q: Tensor, k: Tensor, v: Tensor, cuts: list[int], *, i
     return torch.cat(outs, 1)
 
 
+def play(target: KVStore, seed: int, layers: int, calls: int = 14, impl: str | None = None) -> list[Tensor]:
+    """Outputs of one seeded sequence of calls of every kind, ragged rows included."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    outs = []
+    for _ in range(calls):
+        kind, b = draw(0, 10), target.batch
+        if kind < 7:
+            t = draw(1, 4) if kind < 3 else draw(1, 70)
+            q, k, v = tensors(t, b=b, seed=draw(0, 1 << 30), dtype=target.dtype)
+            mask = torch.rand(b, t, generator=g) < 0.8 if kind % 2 else None
+            outs += [target.attend(n, q, k + n, v, attention_mask=mask, impl=impl) for n in range(layers)]
+        elif kind == 7:
+            row = draw(0, b)
+            target.rewind(draw(0, int(target.lengths[row]) + 1), row)
+        elif kind == 8:
+            target.reorder([draw(0, b) for _ in range(draw(1, 4))])
+        elif draw(0, 3) == 0:
+            target.reset(draw(0, b))
+        outs.append(target.lengths)
+    return outs
+
+
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
 

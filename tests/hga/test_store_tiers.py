@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
-from hga_cases import close, dense, feed, rope, small, store, tensors
+from hga_cases import close, dense, feed, play, rope, small, store, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hici_kernels import HGAConfig, KVStore, _native
+from hici_kernels import HGAConfig, _native
 from hici_kernels._triton import interpreted
 from hici_kernels.errors import ImplError
 from hici_kernels.kv.bank import Bank
@@ -49,32 +49,6 @@ def options(name: str, tmp_path) -> dict:
     if chosen["tier"] == "disk" and _native.status() is not None:
         pytest.skip("the tier disk needs the native library")
     return chosen | ({"path": str(tmp_path)} if chosen["tier"] == "disk" else {})
-
-
-def play(target: KVStore, seed: int, layers: int, calls: int = 14) -> list[torch.Tensor]:
-    """Outputs of one seeded sequence of calls of every kind, ragged rows included."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=g))
-
-    outs = []
-    for _ in range(calls):
-        kind, b = draw(0, 10), target.batch
-        if kind < 7:
-            t = draw(1, 4) if kind < 3 else draw(1, 70)
-            q, k, v = tensors(t, b=b, seed=draw(0, 1 << 30), dtype=target.dtype)
-            mask = torch.rand(b, t, generator=g) < 0.8 if kind % 2 else None
-            outs += [target.attend(layer, q, k + layer, v, attention_mask=mask) for layer in range(layers)]
-        elif kind == 7:
-            row = draw(0, b)
-            target.rewind(draw(0, int(target.lengths[row]) + 1), row)
-        elif kind == 8:
-            target.reorder([draw(0, b) for _ in range(draw(1, 4))])
-        elif draw(0, 3) == 0:
-            target.reset(draw(0, b))
-        outs.append(target.lengths)
-    return outs
 
 
 @pytest.mark.parametrize("name", TIERS)

@@ -259,6 +259,11 @@ def _gather_rows(entry: Entry) -> Problems:
     # where an address ends is known on the host: 32 KiB pages, and pages of an odd number of words
     for row_bytes, what in ((entry.head_dim, "aligned"), (entry.head_dim + 4, "any word")):
         yield what, (torch.zeros(64, dtype=torch.int64), row_bytes, torch.device(NOWHERE))
+    # what a device finds by itself: pages into slots of a bank, groups of 16 bfloat16 tokens from wherever they are
+    found = (torch.empty(64, dtype=torch.int64, device=NOWHERE) for _ in range(2))
+    memory = torch.empty(64, entry.head_dim, dtype=torch.uint8, device=NOWHERE)
+    yield "into slots", (next(found), entry.head_dim, memory.device, True, memory, next(found))
+    yield "groups", (torch.empty(64, dtype=torch.int64, device=NOWHERE), entry.head_dim // 8, memory.device, True)
 
 
 PROBLEMS: dict[str, Callable[[Entry], Problems]] = {

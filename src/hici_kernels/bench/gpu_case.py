@@ -34,7 +34,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One operation at one shape; ``inputs`` makes random tensors of ``dtype`` on a device."""
+    """One operation at one shape; ``inputs`` makes random tensors of ``dtype`` on a device.
+
+    ``truth``: the baseline whose first output decides whether that of an implementation is right, where there is one.
+    """
 
     op: str
     name: str
@@ -47,6 +50,7 @@ class GpuCase:
     backward: Work
     baselines: dict[str, Baseline] = field(default_factory=dict)
     arguments: Callable[[Inputs], tuple[Any, ...]] | None = None
+    truth: str = "reference's sequence"
 
     def work(self, direction: str) -> Work:
         return self.forward if direction == "forward" else self.backward

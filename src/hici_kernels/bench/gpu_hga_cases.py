@@ -21,6 +21,7 @@ from ..ops.hga_summaries.api import hga_summaries
 from ..rope import Rope
 from .case import Inputs, Outputs
 from .gpu_case import Baseline, GpuCase, Work
+from .gpu_store_case import store_case
 
 HEADS, KV_HEADS = 32, 8
 NO_BACKWARD = Work(0, 0)
@@ -42,6 +43,8 @@ def hga_cases(dtype: torch.dtype) -> list[GpuCase]:
         routed_case(32768, 4096, dtype),
         decode_case(1 << 16, dtype),
         decode_case(1 << 20, dtype),
+        store_case((1 << 16) + 7, 4096, dtype),
+        store_case((1 << 16) + 7, 0, dtype),
         *(gather_case(row_bytes, (64 << 20) // row_bytes, dtype) for row_bytes in (1 << 12, 1 << 13, 1 << 14, 1 << 15)),
     ]
 

@@ -212,7 +212,7 @@ def measure(
             sides[name] = failure(error)
             continue
         add(name, call, given, baseline.forward_flops, baseline.same)
-    disagreements(outputs, sides, impls, case.dtype)
+    disagreements(outputs, sides, impls, case.dtype, case.truth)
     outputs.clear()
     for name in [n for n, s in sides.items() if s.get("correct") is False]:
         runnable.pop(name, None)
@@ -246,13 +246,13 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def disagreements(
-    outputs: dict[str, Tensor], sides: dict[str, dict[str, Any]], impls: list[str], dtype: torch.dtype
+    outputs: dict[str, Tensor], sides: dict[str, dict[str, Any]], impls: list[str], dtype: torch.dtype, truth: str
 ) -> None:
-    """Mark implementations that differ, at this very shape, from the published sequence of operations.
+    """Mark implementations that differ, at this very shape, from the side ``truth``: the published operations, mostly.
 
     Both round to the dtype, and the published sequence rounds weights or sums too: 8 eps of the largest value.
     """
-    reference = outputs.get("reference's sequence")
+    reference = outputs.get(truth)
     if reference is None:
         return
     limit = 8 * torch.finfo(dtype).eps * float(reference.abs().max())

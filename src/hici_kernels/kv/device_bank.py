@@ -23,6 +23,7 @@ class DeviceBank:
     """Pages that were used lately, on the device; ``slots`` of them. A request for more is served without the bank."""
 
     resident = False
+    on_device = False
 
     def __init__(
         self,

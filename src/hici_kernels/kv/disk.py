@@ -20,6 +20,7 @@ class Disk:
     """
 
     resident = False
+    on_device = False
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from ..config import HGAConfig
 from .columns import Columns
 from .lists import room
 from .meter import Meter
+from .on_device import upload
 
 
 class LayerState:
@@ -32,6 +33,7 @@ class LayerState:
         # "sinks.k", "tail.k", ... [B, tokens, heads, D]; "chunk_keys", "group_keys", "super_keys" [B, chunks, ...]
         self.buffers: dict[str, Tensor] = {}
         self.last_pages: Tensor | None = None  # of the latest decode-sized call
+        self._there: tuple[Tensor, Tensor] | None = None  # records, and a copy on the device
 
     @property
     def batch(self) -> int:
@@ -82,9 +84,26 @@ class LayerState:
             self.records = new
             self.meter.set("host", f"layer {self.number} records", new.nbytes)
 
+    def records_there(self, device: torch.device) -> Tensor:
+        """``records`` on the device; entries from ``base`` on may be stale. Raises as :meth:`reserve`."""
+        if self._there is None or self._there[0] is not self.records:
+            what = f"the list of {self.records.shape[1]} chunks of layer {self.number}"
+            self.meter.require("device", self.records.nbytes, what)
+            # a copy on the CPU too: kernels that are interpreted see what others would
+            self._there = self.records, upload(self.records.clone(), device)
+            self._enter("records", self.records.nbytes)
+        return self._there[1]
+
+    def set_records(self, rows: Tensor, chunks: Tensor, numbers: Tensor) -> None:
+        """Records [n] of ``chunks`` of ``rows``."""
+        self.records[rows, chunks] = numbers
+        if self._there is not None and self._there[0] is self.records:
+            there = self._there[1]
+            there[upload(rows, there.device), upload(chunks, there.device)] = upload(numbers, there.device)
+
     def select(self, rows: Tensor, device: torch.device) -> None:
         """Row i becomes row rows[i]."""
-        there = rows.to(device)
+        there = upload(rows, device)
         self.lengths, self.base, self.records = self.lengths[rows], self.base[rows], self.records[rows]
         self.columns = [self.columns[i].copy() for i in rows.tolist()]
         for name, old in list(self.buffers.items()):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from . import on_device
 from .layout import Layout
 from .meter import Meter
+from .on_device import upload
 
 LARGEST = 64 << 20  # bytes of a slab
 
@@ -28,13 +30,15 @@ class Pool:
         self.first_pages = self.starts.numpy()  # of every slab
         self.origins = torch.zeros(0, dtype=torch.int64)  # address of record 0, were it in the slab
         self.room = 0
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self.on_device = where == "device" and on_device.refusal(device, layout) is None
 
     def write(self, records: Tensor, pages: Tensor) -> None:
         if not len(records):
             return
         self._grow(int(records.max()) + 1)
         for slab, there, index in self._located(records):
-            slab[index] = pages[there].to(self.device)
+            slab[upload(index, self.device)] = pages[upload(there, pages.device)].to(self.device)
 
     def groups(self, pages: Tensor, group: Tensor) -> Tensor:
         layout = self.layout
@@ -58,6 +62,17 @@ class Pool:
         slab = np.searchsorted(self.first_pages, pages.numpy(), side="right") - 1
         return self.origins[torch.from_numpy(slab)] + pages * self.layout.page_bytes
 
+    def addresses(self, pages: Tensor, device: torch.device | None = None) -> Tensor:
+        """int64 [n] of pages int64 [n] on ``device`` (None = that of the records), which must be able to read them."""
+        if not self.slabs:
+            return torch.zeros_like(pages)
+        if self._tables is None:
+            where = self.device if device is None else device
+            self._tables = upload(torch.from_numpy(self.first_pages), where), upload(self.origins, where)
+        first, origins = self._tables
+        slab = torch.searchsorted(first, pages.clamp(min=0), right=True) - 1
+        return torch.where(pages < 0, 0, origins[slab] + pages * self.layout.page_bytes)
+
     def free(self, pages: Tensor) -> None:
         """Slabs stay for later records."""
 
@@ -68,6 +83,7 @@ class Pool:
         return {"hits": 0, "misses": 0, "bytes_moved": 0, "busy_s": 0.0, "stall_s": 0.0}
 
     def close(self) -> None:
+        self._tables = None
         self.slabs, self.starts, self.origins, self.room = [], self.starts[:0], self.origins[:0], 0
         self.meter.set(self.where, "records", 0)
 
@@ -99,4 +115,5 @@ class Pool:
             origin = self.slabs[-1].data_ptr() - self.room * self.record_bytes
             self.origins = torch.cat((self.origins, torch.tensor([origin])))
             self.room += count
+            self._tables = None
             self.meter.set(self.where, "records", self.room * self.record_bytes)

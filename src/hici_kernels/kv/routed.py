@@ -16,6 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .on_device import upload
+
+#: Queries of a call that counts as decoding. On an accelerator the groups it brings together have as much room as its
+#: size asks for, whatever the routes say: so the host need not read them, and every tier makes the same row of tokens.
+DECODE_QUERIES = 16
 #: Tokens of opened groups per kv head that one attention call may bring together. A call over more queries is cut in
 #: halves until it needs no more, so that memory is bounded however long the history is. The same in every tier.
 GATHERED_TOKENS = 8192
@@ -49,6 +54,12 @@ def opened(routes: Tensor, base: Tensor, kv_heads: int, groups_per_chunk: int) -
     return Opened(owner // kv_heads, owner % kv_heads, distinct % space, place, count, slots)
 
 
+def room(base: Tensor, keep_first: int, per_chunk: int, entries: int) -> int:
+    """Groups, of whole chunks, that ``entries`` routed groups of a kv head in records can be at most."""
+    stored = (int(base.max()) - keep_first) * per_chunk if len(base) else 0
+    return max(0, min(-(-entries // per_chunk) * per_chunk, stored))
+
+
 def _distinct(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     """(sorted distinct keys, index of each key among them); keys in [0, bound)."""
     if len(keys) < bound // 8:
@@ -58,19 +69,25 @@ def _distinct(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     return marks.nonzero().flatten(), (marks.cumsum(0) - 1)[keys]
 
 
+def cuts(queries: int, size: int) -> list[slice]:
+    """Ranges of at most ``size`` of so many queries."""
+    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+
+
 def tiles(
-    routes: Tensor, base: Tensor, kv_heads: int, groups_per_chunk: int, most: int
+    routes: Tensor, base: Tensor, kv_heads: int, groups_per_chunk: int, most: int, given: list[slice] | None = None
 ) -> Iterator[tuple[slice, Opened]]:
-    """Ranges of queries that open at most ``most`` groups per kv head (or are one query), with what they open."""
-    todo = [(0, routes.shape[1])]
+    """Ranges of queries with what they open: those ``given``, or such that they open at most ``most`` groups per kv
+    head (or are one query)."""
+    todo = [slice(0, routes.shape[1])] if given is None else given[::-1]
     while todo:
-        start, end = todo.pop()
-        found = opened(routes[:, start:end], base, kv_heads, groups_per_chunk)
-        if found.most > most and end - start > 1:
-            middle = (start + end) // 2
-            todo += [(middle, end), (start, middle)]
+        rows = todo.pop()
+        found = opened(routes[:, rows], base, kv_heads, groups_per_chunk)
+        if given is None and found.most > most and rows.stop - rows.start > 1:
+            middle = (rows.start + rows.stop) // 2
+            todo += [slice(middle, rows.stop), slice(rows.start, middle)]
         else:
-            yield slice(start, end), found
+            yield rows, found
 
 
 class Compact(NamedTuple):
@@ -87,10 +104,10 @@ class Compact(NamedTuple):
         sinks = base.clamp(max=keep_first)
         return cls(sinks, between, sinks + between - base)
 
-    def routes(self, routes: Tensor, found: Opened, groups_per_chunk: int) -> Tensor:
-        warm = routes + (self.shift * groups_per_chunk)[:, None, None, None]
-        cold = found.slots + (self.sinks * groups_per_chunk)[:, None, None, None]
-        return torch.where(routes < 0, -1, torch.where(found.slots < 0, warm, cold)).to(torch.int32)
+    def routes(self, routes: Tensor, slots: Tensor, groups_per_chunk: int) -> Tensor:
+        """Both [B, T, Hq, w] on one device, ``slots`` = places among the opened groups, -1 = elsewhere."""
+        at = upload(torch.stack((self.shift, self.sinks)) * groups_per_chunk, routes.device)[:, :, None, None, None]
+        return torch.where(routes < 0, -1, torch.where(slots < 0, routes + at[0], slots + at[1])).to(torch.int32)
 
     def positions(self, place: Tensor, chunk_size: int) -> Tensor:
         return torch.where(place < 0, -1, place + (self.shift * chunk_size)[:, None])
@@ -118,12 +135,12 @@ class Compact(NamedTuple):
         return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, 0, 0, longest - len(row))) for row in rows])
 
 
-def spread(found: Opened, groups: Tensor, batch: int, kv_heads: int, per_chunk: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, U C, Hkv, D] of the opened groups [n, 2, group_size, D], 0 where a head opens fewer."""
-    count = -(-found.most // per_chunk) * per_chunk
+def spread(found: Opened, groups: Tensor, batch: int, kv_heads: int, count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, count group_size, Hkv, D] of the opened groups [n, 2, group_size, D], 0 where a head opens
+    fewer than ``count``."""
     _, _, size, d = groups.shape
     middle = groups.new_zeros(2, batch, count, size, kv_heads, d)
-    row, place, head = (x.to(groups.device) for x in (found.row, found.place, found.head))
+    row, place, head = (upload(x, groups.device) for x in (found.row, found.place, found.head))
     for part in range(2):
         middle[part][row, place, :, head] = groups[:, part]
     keys, values = middle.flatten(2, 3)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,12 +19,13 @@ from ..ops.hga_route.op import route_forward
 from ..ops.hga_summaries.op import summaries_forward
 from ..ops.hga_summaries.supers import super_chunk_keys
 from ..rope import Rope
-from . import in_place, routed
+from . import in_place, on_device, routed
 from .layer import LayerState
 from .layout import Layout
 from .meter import Meter
+from .on_device import upload
 from .records import Records
-from .tier import Tier
+from .tier import Finder, Tier
 
 #: Tokens of a call that are computed and committed together when no gradient is asked for: bounds the scratch of a long
 #: prefill. The same in every tier.
@@ -56,6 +59,7 @@ class Engine:
     ) -> None:
         self.config, self.rope, self.device, self.layout = config, rope, device, layout
         self.records, self.tier, self.meter = records, tier, meter
+        self.finder = cast(Finder, tier) if tier.on_device else None
         # called when a layer's pages are at hand and its attention is still to come
         self.fetched: Callable[[], None] = _nothing
         self.heads = {"k": layout.kv_heads, "v": layout.kv_heads}
@@ -158,7 +162,7 @@ class Engine:
             for i in range(0, len(pairs), at_once):
                 row, chunk = torch.tensor(pairs[i : i + at_once], dtype=torch.int64).unbind(1)
                 column = ((chunk - state.base[row]) * c)[:, None] + torch.arange(c)
-                there, column = row[:, None].to(self.device), column.to(self.device)
+                there, column = upload(row[:, None], self.device), upload(column, self.device)
                 pages = self.layout.encode({n: x[there, column] for n, x in step.recent.items()})
                 numbers = self.take(state, row, chunk)
                 written.append((row, chunk, numbers))
@@ -168,7 +172,7 @@ class Engine:
                 self.forget(numbers)
             raise
         for row, chunk, numbers in written:
-            state.records[row, chunk] = numbers
+            state.set_records(row, chunk, numbers)
         self._move(state, step, base, new_base, kept)
         for i, held in enumerate(state.lengths.tolist()):
             state.columns[i].append(held, step.columns, None if step.mask is None else step.mask[i])
@@ -273,8 +277,8 @@ class Engine:
                     tail[:, before : before + t] = x.detach()
                 else:
                     rows, columns = (local >= 0).nonzero(as_tuple=True)
-                    at = local[rows, columns].to(self.device)
-                    rows, columns = rows.to(self.device), columns.to(self.device)
+                    at = upload(local[rows, columns], self.device)
+                    rows, columns = upload(rows, self.device), upload(columns, self.device)
                     tail[rows, at] = x.detach()[rows, columns]
             return {n: state.buffers[f"tail.{n}"][:, :length] for n in new}, 0
         found, copied = {}, 0
@@ -284,7 +288,7 @@ class Engine:
                 source = torch.arange(length).clamp(max=max(0, before - 1)).repeat(len(used), 1)
                 rows, columns = (local >= 0).nonzero(as_tuple=True)
                 source[rows, local[rows, columns]] = before + columns
-                index = source[:, :, None, None].to(self.device).expand(-1, -1, *x.shape[2:])
+                index = upload(source[:, :, None, None], self.device).expand(-1, -1, *x.shape[2:])
                 joined = joined.gather(1, index)
             found[name] = joined
             copied += 0 if joined is x else joined.nbytes
@@ -320,7 +324,7 @@ class Engine:
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, chunks: int, impl: str
     ) -> Tensor:
         c = self.config.chunk_size
-        queries, at, context = q.detach(), place.to(self.device), 0
+        queries, at, context = q.detach(), upload(place, self.device), 0
         if self.config.routing == "prefix" and state.batch:
             started = state.lengths % c  # queries of the open chunk, from its start
             context = int(started.max())
@@ -329,8 +333,8 @@ class Engine:
             local = (column - (state.base * c)[:, None]).clamp(min=0, max=max(0, recent["q"].shape[1] - 1))
             rows = torch.arange(state.batch, device=self.device)[:, None]
             if context:
-                queries = torch.cat((recent["q"][rows, local.to(self.device)], queries), 1)
-                at = torch.cat((there.to(self.device), at), 1)
+                queries = torch.cat((recent["q"][rows, upload(local, self.device)], queries), 1)
+                at = torch.cat((upload(there, self.device), at), 1)
         keys = (state.buffers[n][:, :chunks] for n in ("chunk_keys", "group_keys"))
         size = self.config.super_chunk
         supers = state.buffers["super_keys"][:, : chunks // size] if size else None
@@ -435,51 +439,85 @@ class Engine:
         routes: Tensor,
         impl: str,
     ) -> Tensor:
-        """Attention, over as many queries at once as the groups they open allow."""
-        m, layout = self.config.groups_per_chunk, self.layout
-        most = max(1, routed.GATHERED_TOKENS // self.config.group_size)
-        ids = routes.cpu().long()
-        outs, pages = [], []
-        for rows, found in routed.tiles(ids, state.base, layout.kv_heads, m, most):
-            chunk = found.group // m
-            page = state.records[found.row, chunk] * layout.pages + found.head
-            pages.append(page)
-            compact = routed.Compact.of(state.base, self.config.keep_first, -(-found.most // m))
-            outs.append(
-                self._attend_pages(
-                    state, q[:, rows], recent, place[:, rows], total, ids[:, rows], compact, found, page, impl
-                )
-            )
-        if pages:
-            state.last_pages = torch.cat(pages).unique()
+        """Attention over rows brought together: gradients, 8 bits, small limits, accelerators.
+
+        Over as many queries at once as the groups they open allow.
+        """
+        b, t, hq, width = routes.shape
+        m, layout, first = self.config.groups_per_chunk, self.layout, self.config.keep_first
+        most, each = max(1, routed.GATHERED_TOKENS // self.config.group_size), hq // layout.kv_heads * width
+        decoding = t <= routed.DECODE_QUERIES and (not q.is_cpu or impl == "triton")
+        cuts = routed.cuts(t, max(1, most // max(1, each))) if decoding else None
+        attend = functools.partial(self._attend_row, state, recent=recent, total=total, impl=impl)
+        outs: list[Tensor] = []
+        if cuts is not None and self.finder is not None:
+            below = upload(state.base * m, q.device)
+            for rows in cuts:
+                count = routed.room(state.base, first, m, (rows.stop - rows.start) * each)
+                found = on_device.opened(routes[:, rows], below, layout.kv_heads, count)
+                bring = functools.partial(self._find, state, found.group)
+                held = b * layout.kv_heads * count
+                outs.append(attend(q[:, rows], place[:, rows], routes[:, rows], found.slots, count, held, bring))
+            state.last_pages = None
+        else:
+            ids = routes.cpu().long()
+            pages = []
+            for rows, opened in routed.tiles(ids, state.base, layout.kv_heads, m, most, cuts):
+                page = state.records[opened.row, opened.group // m] * layout.pages + opened.head
+                pages.append(page)
+                count = -(-opened.most // m) * m
+                if cuts is not None:
+                    count = routed.room(state.base, first, m, (rows.stop - rows.start) * each)
+                bring = functools.partial(self._fetch, opened, page, b, count)
+                held = len(page) + b * layout.kv_heads * count if count else 0
+                slots = upload(opened.slots, q.device)
+                outs.append(attend(q[:, rows], place[:, rows], routes[:, rows], slots, count, held, bring))
+            if pages:
+                state.last_pages = torch.cat(pages).unique()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1) if outs else torch.zeros_like(q)
 
-    def _attend_pages(
+    def _find(self, state: LayerState, group: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, count group_size, Hkv, D] of the groups [B, Hkv, count] that the device has found."""
+        assert self.finder is not None
+        m = self.config.groups_per_chunk
+        page = on_device.pages_of(group, state.records_there(self.device), self.layout, m)
+        at = self.finder.addresses(page.flatten()).view(page.shape)
+        keys, values = on_device.groups_at(at, group % m, self.layout).flatten(3, 4).transpose(2, 3)
+        return keys, values
+
+    def _fetch(self, opened: routed.Opened, page: Tensor, batch: int, count: int) -> tuple[Tensor, Tensor]:
+        """The same of groups that the host has found on pages ``page``."""
+        groups = self.tier.groups(page, opened.group % self.config.groups_per_chunk).to(self.device)
+        self.fetched()
+        return routed.spread(opened, groups, batch, self.layout.kv_heads, count)
+
+    def _attend_row(
         self,
         state: LayerState,
         q: Tensor,
-        recent: dict[str, Tensor],
         place: Tensor,
+        routes: Tensor,
+        slots: Tensor,
+        count: int,
+        held: int,
+        bring: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        recent: dict[str, Tensor],
         total: list[int],
-        ids: Tensor,
-        compact: routed.Compact,
-        found: routed.Opened,
-        page: Tensor,
         impl: str,
     ) -> Tensor:
-        """Attention of q over sinks, groups and ``recent``, brought together: gradients, 8 bits, small limits."""
-        c, layout = self.config.chunk_size, self.layout
+        """Attention of q [B, t, Hq, D] over sinks, ``count`` groups a kv head that ``bring`` makes, and ``recent``.
+
+        slots: places among those groups of what ``routes`` open; held: groups in memory while they are brought.
+        """
+        c, m, layout = self.config.chunk_size, self.config.groups_per_chunk, self.layout
+        compact = routed.Compact.of(state.base, self.config.keep_first, count // m)
         joined = q.shape[0] * (int((compact.sinks + compact.between).max()) * c if q.shape[0] else 0)
         joined = joined + recent["k"].shape[0] * recent["k"].shape[1] if joined else 0
-        opened = len(page) + q.shape[0] * layout.kv_heads * found.most if found.most else 0
         token = layout.head_dim * layout.dtype.itemsize * 2
-        size = joined * layout.kv_heads * token + opened * layout.group_size * token
+        size = joined * layout.kv_heads * token + held * layout.group_size * token
         with self.meter.scratch("device", size, f"bringing together what {q.shape[1]} queries open"):
-            middle: tuple[Tensor | None, Tensor | None] = (None, None)
-            if found.most:
-                groups = self.tier.groups(page, found.group % self.config.groups_per_chunk).to(self.device)
-                self.fetched()
-                middle = routed.spread(found, groups, q.shape[0], layout.kv_heads, self.config.groups_per_chunk)
+            middle = bring() if count else (None, None)
             keys, values = (
                 compact.join(state.buffers.get(f"sinks.{n}"), part, recent[n], total, c)
                 for n, part in zip(("k", "v"), middle, strict=True)
@@ -489,9 +527,9 @@ class Engine:
                 keys,
                 values,
                 self.rope.inv_freq,
-                compact.positions(place, c).to(self.device),
+                upload(compact.positions(place, c), self.device),
                 None,
-                compact.routes(ids, found, self.config.groups_per_chunk).to(self.device),
+                compact.routes(routes, slots, m),
                 self.config.group_size,
                 *budgets(self.config),
                 layout.head_dim**-0.5,

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._dispatch import check_impl, load
+from .._dispatch import check_impl
 from ..config import HGAConfig
 from ..errors import ImplError, KVStoreError
 from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
 from ..rope import Rope
-from . import copied, saved
+from . import copied, on_device, saved
 from .device_bank import DeviceBank
 from .disk import Disk
+from .gather_bank import GatherBank
 from .layer import LayerState
 from .layout import Layout
 from .meter import TIERS, Meter
 from .pool import Pool
 from .records import Records
+from .routed import DECODE_QUERIES
 from .step import Engine, Step
 from .tier import Tier
 
@@ -34,7 +36,6 @@ DEFAULT_HOST_BYTES = 1 << 30  # of tier "disk"
 BANK_LIST_BYTES = 16  # a slot
 LIST_BYTES = 64 << 10  # kept free of the bank where the limit is small, else an eighth of it
 DEFAULT_BANK_PAGES = 4096  # of an accelerator without device_bytes
-DECODE_QUERIES = 16  # a call of up to so many queries is what the next one is guessed from
 
 
 class KVStore:
@@ -74,8 +75,9 @@ class KVStore:
         bank_pages: pages (one chunk of one kv head, keys and values) of a bank on the device above tiers "host" and
             "disk"; least recently used pages leave. None = none on the CPU, where records are read in place, else what
             device_bytes leaves, at most 4096. A call that needs more is served past the bank.
-        fetch: how pages come to the bank: "copy" = gathered on the host and copied; "gather" = a kernel of the
-            accelerator reads them in pinned memory (Triton; its speed is not yet measured). The same bits.
+        fetch: how pages come to the bank: "copy" = found and gathered by the host and copied; "gather" = a kernel of
+            the accelerator reads them in pinned memory, with tier "host" from a list of misses that only the device
+            knows, so that no decode step waits for the host (Triton; its speed is not yet measured). The same bits.
         queue_depth: transfers in flight of tier "disk".
         io: "auto" = "uring" (io_uring) where the kernel allows it, else "threads" (pread and pwrite).
         direct: pass the page cache by where the file system can (O_DIRECT), so that nothing is cached twice.
@@ -360,10 +362,11 @@ class KVStore:
         """Counters since construction.
 
         hits, misses: pages that a call needed and found in the bank, or not (0 where everything is resident);
-        bytes_moved: between the tiers; gb_per_s: their rate while something was on its way; stall_s: seconds that calls
-        waited for reads; resident_bytes: bytes of all buffers by tier, reserve for growth included; peak_bytes: the
-        most that were ever held, scratch of calls included. Tier "disk" adds bytes_read, bytes_written, reads, writes,
-        retries, rejected (pages whose checksum was wrong), prefetched, backend and direct.
+        bytes_moved: between the tiers; gb_per_s: their rate while something was on its way (0 where a device fetches by
+        itself); stall_s: seconds that calls waited for reads; resident_bytes: bytes of all buffers by tier, reserve for
+        growth included; peak_bytes: the most that were ever held, scratch of calls included. Tier "disk" adds
+        bytes_read, bytes_written, reads, writes, retries, rejected (pages whose checksum was wrong), prefetched,
+        backend and direct.
         """
         with self._lock:
             found: dict[str, Any] = {"hits": 0, "misses": 0, "bytes_moved": 0, "busy_s": 0.0, "stall_s": 0.0}
@@ -465,19 +468,22 @@ class KVStore:
         if self.tier == "device":
             return Pool("device", self.device, layout, self._meter)
         lower: Tier
+        slots = self._device_slots(layout)
         if self.tier == "host":
-            lower = Pool("host", torch.device("cpu"), layout, self._meter, pinned=pinned)
+            pool = Pool("host", torch.device("cpu"), layout, self._meter, pinned=pinned)
+            if self.fetch == "gather" and on_device.refusal(self.device, layout) is None:
+                return GatherBank(pool, slots, self.device, layout, self._meter, self.layers)
+            lower = pool
         else:
             assert self.path is not None
             left = self._meter.left("host")
             assert left is not None
             # the rest for the lists of records and pages, which grow with the history
             lists = max(left // 8, min(left // 2, LIST_BYTES))
-            slots = (left - lists) // (layout.stride + BANK_LIST_BYTES)
-            if slots < 1:
+            below = (left - lists) // (layout.stride + BANK_LIST_BYTES)
+            if below < 1:
                 raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
-            lower = Disk(self.path, slots, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
-        slots = self._device_slots(layout)
+            lower = Disk(self.path, below, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
         if slots == 0:
             return lower
         return DeviceBank(lower, slots, self.device, layout, self._meter, self.layers, self.fetch)
@@ -557,9 +563,7 @@ def _check_fetch(fetch: str, tier: str, device: torch.device) -> None:
         return
     if tier == "device":
         raise ValueError(f"fetch must be 'copy' with tier='device', got {fetch!r}")
-    module, reason = load("gather_rows", "triton")
-    if module is not None:
-        reason = module.rejects(torch.empty(0, dtype=torch.int64), module.WORD, device)
+    reason = on_device.refusal(device)
     if reason is not None:
         raise ImplError(f"fetch='gather' cannot be served: {reason}")
 

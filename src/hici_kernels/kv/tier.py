@@ -12,6 +12,8 @@ class Tier(Protocol):
 
     #: everything is always at hand: :meth:`prefetch` does nothing
     resident: bool
+    #: it is a :class:`Finder`
+    on_device: bool
 
     def write(self, records: Tensor, pages: Tensor) -> None:
         """Store new records [n] of uint8 [n, pages, page_bytes].
@@ -45,3 +47,11 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Let go of memory and files."""
+
+
+class Finder(Tier, Protocol):
+    """A tier whose pages the device finds without the host."""
+
+    def addresses(self, pages: Tensor) -> Tensor:
+        """int64 [n] on the device of pages int64 [n] there, for kernels to read until the next call of the tier; -1 =
+        none, whose address is 0. Waits for nothing."""

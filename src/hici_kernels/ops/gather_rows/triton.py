@@ -2,7 +2,8 @@
 
 Copy engines move a row at a time, and rows of a few KiB take them longer to begin than to move. Here rows of any size
 are in flight together, as many as the link holds. Nothing is read back from the device and nothing waited for: memory
-at the addresses must stay as it is until the launch has run. Rows of a multiple of 4 bytes at multiples of 4.
+at the addresses must stay as it is until the launch has run. Rows of a multiple of 4 bytes at multiples of 4. An
+address of 0 names no row: which rows there are may be known to the device alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..._triton import interpreted
 WORD = 4
 
 
-def rejects(addresses: Tensor, row_bytes: int, device: torch.device) -> str | None:
+def rejects(addresses: Tensor, row_bytes: int, device: torch.device, *rest: object) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"it serves GPUs (the CPU in Triton's interpreter, TRITON_INTERPRET=1), device is {device}"
     if row_bytes % WORD:
@@ -24,16 +25,29 @@ def rejects(addresses: Tensor, row_bytes: int, device: torch.device) -> str | No
     return None
 
 
-def forward(addresses: Tensor, row_bytes: int, device: torch.device) -> Tensor:
-    """uint8 [n, row_bytes] on ``device`` from addresses int64 [n] (any device) of memory that the GPU can read."""
+def forward(
+    addresses: Tensor,
+    row_bytes: int,
+    device: torch.device,
+    aligned: bool | None = None,
+    memory: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """uint8 [n, row_bytes] on ``device`` from addresses int64 [n] (any device) of memory that the GPU can read; zeros
+    where an address is 0.
+
+    aligned: whether all addresses are multiples of 16; None = look, which the host does only for those it knows.
+    memory, places: uint8 [m, row_bytes], contiguous, and int64 [n] there: row i becomes memory[places[i]] instead, and
+    one without an address changes nothing. Places of rows with one are distinct.
+    """
     from .triton_kernel import gather
 
+    out = torch.empty(len(addresses), row_bytes, dtype=torch.uint8, device=device) if memory is None else memory
     n, words = len(addresses), row_bytes // WORD
-    out = torch.empty(n, words, dtype=torch.int32, device=device)
     if n == 0 or words == 0:
-        return out.view(torch.uint8)
-    # known on the host, where the addresses come from: no need to ask the device
-    aligned = row_bytes % 16 == 0 and (addresses.is_cpu and not bool((addresses % 16).any()))
+        return out
+    if aligned is None:
+        aligned = addresses.is_cpu and not bool((addresses % 16).any())
     config = tuning.configuration(
         "gather_rows", tuning.architecture(device), head_dim=row_bytes, segment_len=0, dtype=torch.float32
     )
@@ -41,11 +55,12 @@ def forward(addresses: Tensor, row_bytes: int, device: torch.device) -> Tensor:
     with torch.cuda.device_of(out):
         gather[(n, -(-words // block))](
             addresses.to(device, non_blocking=True),
-            out,
+            places,
+            out.view(torch.int32),
             WORDS=words,
             BLOCK_W=block,
-            ALIGNED=aligned,
+            ALIGNED=aligned and row_bytes % 16 == 0,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )
-    return out.view(torch.uint8)
+    return out
