@@ -29,9 +29,21 @@ double read(TensorView data, int64_t path, int64_t threads) {
   return cpu::read_all(pointer<const float>(data), data.numel() * 4, checked_path(path), checked_execution(threads));
 }
 
+// The addresses are believed.
+double read_runs(TensorView addresses, int64_t bytes, int64_t path, int64_t threads) {
+  check_cpu(addresses, "addresses");
+  check_type(addresses, "addresses", DLDataType{kDLInt, 64, 1});
+  check_contiguous(addresses, "addresses");
+  if (bytes <= 0 || bytes % 64 != 0)
+    TVM_FFI_THROW(ValueError) << "bytes must be a positive multiple of 64, got " << bytes;
+  return cpu::read_runs(pointer<const int64_t>(addresses), addresses.numel(), bytes, checked_path(path),
+                        checked_execution(threads));
+}
+
 }  // namespace
 }  // namespace hici::bindings
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(ceiling_loop, hici::bindings::loop);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(ceiling_products, hici::bindings::products);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(ceiling_read, hici::bindings::read);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(ceiling_read_runs, hici::bindings::read_runs);

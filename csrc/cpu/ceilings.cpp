@@ -19,6 +19,7 @@ CeilingPath path_of(Isa isa) {
 
 // Small enough to spread evenly, large enough that handing it out costs nothing.
 constexpr int64_t kChunk = int64_t{1} << 18;  // floats
+constexpr int64_t kRuns = 128;
 
 }  // namespace
 
@@ -50,6 +51,19 @@ float read_all(const void* data, int64_t bytes, Isa isa, Execution execution) {
   parallel(execution, chunks, [&](int64_t i, int) {
     const int64_t begin = i * kChunk, size = count - begin < kChunk ? count - begin : kChunk;
     sums[i] = path.read(static_cast<const float*>(data) + begin, size);
+  });
+  float total = 0;
+  for (const float s : sums) total += s;
+  return total;
+}
+
+float read_runs(const int64_t* addresses, int64_t count, int64_t bytes, Isa isa, Execution execution) {
+  const CeilingPath path = path_of(isa);
+  const int64_t pieces = (count + kRuns - 1) / kRuns;
+  std::vector<float> sums(pieces);
+  parallel(execution, pieces, [&](int64_t i, int) {
+    const int64_t begin = i * kRuns, size = count - begin < kRuns ? count - begin : kRuns;
+    sums[i] = path.read_runs(addresses + begin, size, bytes / 4);
   });
   float total = 0;
   for (const float s : sums) total += s;

@@ -25,11 +25,18 @@ const char* bfloat16_products(Isa isa);
 // Reads `bytes` (a multiple of 64 is used) once, all threads together, and returns a sum of what was read.
 float read_all(const void* data, int64_t bytes, Isa isa, Execution execution);
 
+// Reads `count` runs of `bytes` each (a multiple of 64) at `addresses`, anywhere in memory, all threads together, and
+// returns a sum of what was read. One line of every page is asked for kRunsAhead runs early, as the kernels that read
+// such runs do: finding a page takes longer than reading it.
+float read_runs(const int64_t* addresses, int64_t count, int64_t bytes, Isa isa, Execution execution);
+constexpr int64_t kRunsAhead = 10;
+
 // What a path provides.
 struct CeilingPath {
   double (*loop)(Work, int64_t rounds);
   const char* products;
   float (*read)(const float*, int64_t count);  // count: a multiple of 16
+  float (*read_runs)(const int64_t* addresses, int64_t runs, int64_t count);
 };
 
 #define HICI_DECLARE(value, text, space) \

@@ -59,6 +59,19 @@ def test_reading_reads_everything(path: int, count: int, threads: int) -> None:
 
 
 @native
+@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize("count", [0, 1, 9, 130, 700])
+@pytest.mark.parametrize("size", [64, 4096, 8256])
+def test_runs_are_read_wherever_they_are(path: int, count: int, size: int) -> None:
+    data = (torch.arange(count * size // 4 * 2, dtype=torch.float32) % 5).view(2 * count, size // 4)
+    chosen = torch.randperm(2 * count, generator=torch.Generator().manual_seed(count))[:count]
+    at = data.data_ptr() + chosen * size
+    expected = float(data[chosen].double().sum())
+    for threads in (1, 3):
+        assert _native.library().ceiling_read_runs(at, size, path, threads) == pytest.approx(expected, rel=1e-5)
+
+
+@native
 def test_bad_arguments_of_the_library() -> None:
     library = _native.library()
     with pytest.raises(ValueError, match="work must be fma, bfloat16 or exp"):
@@ -71,6 +84,8 @@ def test_bad_arguments_of_the_library() -> None:
         library.ceiling_loop("fma", 1, -1, 0)
     with pytest.raises(TypeError, match="data has a wrong dtype"):
         library.ceiling_read(torch.zeros(16, dtype=torch.float64), -1, 1)
+    with pytest.raises(ValueError, match="bytes must be a positive multiple of 64"):
+        library.ceiling_read_runs(torch.zeros(0, dtype=torch.int64), 100, -1, 1)
     with pytest.raises(ValueError, match="data must be contiguous"):
         library.ceiling_read(torch.zeros(16, 2)[:, 0], -1, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hici_kernels import HGAConfig
+from hici_kernels import HGAConfig, _native
 from hici_kernels.bench import command, hga_layer
 from hici_kernels.bench.hga_layer import OURS, SMALL, History, Sizes, Step, disjoint
 from hici_kernels.rope import Rope
@@ -46,6 +46,11 @@ def test_disjoint_routes_and_their_bytes() -> None:
     step = Step([history], [routes], torch.tensor([[s - 1]]), config, q)
     fixed = 2 * ((256 - 1 - 10) * 128 + (10 * 64 + 64) * 256 + 64 * 16 * 256)
     groups = step.bytes() - fixed
+    if _native.status() is None:
+        call, read = step.reading()
+        # chunk keys in runs of 16, and no group keys
+        assert 0 <= fixed + 2 * 128 * 128 - read - groups <= 2 * 128 * 128
+        assert call() == call()  # one history, one set of routes
     assert 2 * 64 * 128 <= groups <= 2 * 128 * 128 and groups % (4 * 128) == 0
 
 

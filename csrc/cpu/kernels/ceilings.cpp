@@ -163,8 +163,21 @@ float read(const float* p, int64_t count) {
   return reduce_add(sum[0]);
 }
 
+float read_runs(const int64_t* addresses, int64_t runs, int64_t count) {
+  constexpr int64_t kPage = 4096;
+  float total = 0;
+  for (int64_t i = 0; i < runs; ++i) {
+    if (i + kRunsAhead < runs) {
+      const char* next = reinterpret_cast<const char*>(addresses[i + kRunsAhead]);
+      for (int64_t at = 0; at < count * 4; at += kPage) __builtin_prefetch(next + at);
+    }
+    total += read(reinterpret_cast<const float*>(addresses[i]), count);
+  }
+  return total;
+}
+
 }  // namespace
 
-CeilingPath ceiling_path() { return {loop, kProducts, read}; }
+CeilingPath ceiling_path() { return {loop, kProducts, read, read_runs}; }
 
 }  // namespace hici::cpu::HICI_PATH

@@ -12,6 +12,9 @@ so that every run reads the same bytes; the routing itself always runs, over the
 Bytes a step must touch: chunk keys of the pool, group keys of the picked chunks (each once per kv head), K and V of
 sinks, window, own chunk and of the opened groups (each once per kv head).
 
+Beside it, in the same rounds, a loop that reads those bytes (all but the group keys) and only adds them up, in runs of
+one group's keys or values, wherever they lie: what memory gives to whoever reads such runs.
+
 Dense decode in three forms, the fastest of which counts: SDPA with enable_gqa; with K and V expanded beforehand; with
 the query heads of a kv head as rows of one head. Results are compared with float64 for one kv head; a wrong one has no
 time.
@@ -20,6 +23,7 @@ time.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _native
 from ..config import HGAConfig
 from ..demo.hga_part import rope_of
 from ..demo.lm import ByteLM, dense_causal
@@ -48,6 +53,7 @@ QWEN3_8B = Layer("Qwen3-8B layer", 4096, 32, 8, 128)
 #: The same machinery at sizes a test can take.
 SMALL = Layer("tiny", 256, 4, 2, 64)
 OURS = "hici_kernels"
+READING = "reading alone"
 LAYERS = 8
 TRACE = 8192
 #: For very long histories.
@@ -159,6 +165,34 @@ class Step:
                     total += _distinct(routes[x, 0, heads]) * c.group_size * 2 * row
         return total // len(self.routes)
 
+    def reading(self) -> tuple[Callable[[], object], int]:
+        """A loop that reads what a step reads of keys and values, step after step, and its bytes, mean over the steps.
+
+        One row, strict budgets without super-chunks; the last query of the history.
+        """
+        c, d = self.config, self.q.shape[-1]
+        r, hkv = self.q.shape[2] // self.histories[0].k.shape[2], self.histories[0].k.shape[2]
+        group = torch.arange(self.histories[0].k.shape[1] // c.group_size)
+        steps = []
+        for i in range(max(len(self.histories), len(self.routes))):
+            history, routes = self.histories[i % len(self.histories)], self.routes[i % len(self.routes)]
+            own = int(self.positions[0, 0]) // c.chunk_size
+            first, last = c.keep_first * c.groups_per_chunk, (own - c.keep_last) * c.groups_per_chunk
+            runs = []
+            for g in range(hkv):
+                # chunk keys of the pool, as many of them to a run as tokens to a group
+                table = torch.arange(c.keep_first // c.group_size, (own - c.keep_last) // c.group_size)
+                runs.append(_runs(history.chunk_keys, g, table * c.group_size))
+                opened = routes[0, 0, g * r : (g + 1) * r].unique()
+                near = group[(group < first) | (group >= last)]
+                seen = torch.cat((near, opened[opened >= 0].long())) * c.group_size
+                runs.append(torch.stack([_runs(x, g, seen) for x in (history.k, history.v)], 1).flatten())
+            steps.append(torch.cat(runs))
+        size = c.group_size * d * self.q.element_size()
+        where, turn = _native.execution(), itertools.cycle(steps)
+        library = _native.library()
+        return lambda: library.ceiling_read_runs(next(turn), size, *where), size * sum(map(len, steps)) // len(steps)
+
     def _searched(self, history: History, x: int, first: int, last: int) -> int:
         """Keys of super-chunks and chunks that row x scores in the pool [first, last), each once per kv head."""
         assert history.super_keys is not None
@@ -181,6 +215,12 @@ class Step:
         part.q = part.q.double()
         truth = part.attend(_wide(small), routes[:, :, :r], "reference")
         return check([truth], [plain], [out], out.dtype)
+
+
+def _runs(x: Tensor, head: int, tokens: Tensor) -> Tensor:
+    """int64 [n], addresses of ``tokens`` [n] of a head of row 0 of x [B, S, H, D], whose tokens lie side by side."""
+    assert x.stride(1) == x.shape[-1] and x.stride(-1) == 1
+    return x.data_ptr() + (head * x.stride(2) + tokens * x.stride(1)) * x.element_size()
 
 
 def _fields(config: HGAConfig) -> dict[str, Any]:
@@ -294,7 +334,7 @@ def _timed(
 
     if not row["sides"][OURS]["correct"]:
         calls = {n: c for n, c in calls.items() if n != OURS}
-    ours = {n for n in calls if n.startswith(OURS)} if steps > 1 else set()
+    ours = {n for n in calls if n.startswith((OURS, READING))} if steps > 1 else set()
     run = {n: functools.partial(repeated, c) if n in ours else c for n, c in calls.items()}
     for name, times in alternate(run, rounds, {n for n in calls if n != OURS}).items():
         times = [x / steps for x in times] if name in ours else times
@@ -304,12 +344,15 @@ def _timed(
 
 
 def _rates(row: dict[str, Any], size: int, ceilings: dict[str, Any]) -> dict[str, Any]:
-    ours = row["sides"][OURS]
+    ours, read = row["sides"][OURS], ceilings.get("read_bytes_per_s")
     row["bytes"] = size
     if "median_s" in ours:
         ours["bytes_per_s"] = size / ours["median_s"]
-        read = ceilings.get("read_bytes_per_s")
         ours["read_share"] = ours["bytes_per_s"] / read if read else None
+    if READING in row["sides"]:
+        side = row["sides"][READING]
+        side["bytes_per_s"] = row["reading_bytes"] / side["median_s"]
+        side["read_share"] = side["bytes_per_s"] / read if read else None
     others = [s["median_s"] for n, s in row["sides"].items() if n.startswith("dense") and "median_s" in s]
     if others and "median_s" in ours:
         row["speedup"] = min(others) / ours["median_s"]
@@ -333,6 +376,8 @@ def decode_rows(sizes: Sizes, rounds: int, ceilings: dict[str, Any]) -> list[dic
         step = Step(histories, routes, at, config, q)
         row = _row(f"decode, {s} cached, {kind} routes", "one query, 8 layers in turn", step.checked())
         sides: dict[str, Callable[[], object]] = {OURS: step, "hici_kernels, routing alone": step.route}
+        if _native.status() is None:
+            sides[READING], row["reading_bytes"] = step.reading()
         sides |= forms if kind == "disjoint" else {}
         found.append(_rates(_timed(row, sides, rounds, LAYERS), step.bytes(), ceilings))
     fastest = [n for n, side in found[0]["sides"].items() if n.startswith("dense")]
