@@ -6,6 +6,7 @@
 
 #include "../attention.h"
 #include "attention_rows.h"
+#include "partials.h"
 
 namespace hici::cpu::HICI_PATH {
 namespace {
@@ -214,26 +215,9 @@ void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t cou
   float* const base = output.partials + item.partial * step;
   for (int64_t r = 0; r < tokens * group; ++r) {
     float* const into = base + r * (width + 2);
-    float top = into[width + 1];
-    for (int64_t i = 1; i < count; ++i) {
-      const float x = into[i * step + width + 1];
-      top = x > top || x != x ? x : top;
-    }
-    float total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const float* const from = into + i * step;
-      if (from[width] == 0.0f) continue;  // saw no key: its top is -inf
-      alignas(64) float factor[kLanes];
-      store(factor, exp(splat(from[width + 1] - top)));
-      const Vec a = splat(factor[0]);
-      total += from[width] * factor[0];
-      for (int64_t d = 0; d < width; d += kLanes) {
-        const Vec x = mul(load(from + d), a);
-        store(into + d, i == 0 ? x : add(load(into + d), x));
-      }
-    }
-    finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, into, total, top,
-              output);
+    const Merged found = merge_partials(into, step, count, width);
+    finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, into, found.total,
+              found.level, output);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "attention_rows.h"
 #include "dot.h"
 #include "hga_sums.h"
+#include "partials.h"
 
 namespace hici::cpu::HICI_PATH {
 namespace {
@@ -302,27 +303,8 @@ void merge_rows(const RunList& list, float* partials, int64_t count) {
   const int64_t width = round_up(list.dim, kLanes), step = list.rows * (width + 2);
   for (int64_t r = 0; r < list.rows; ++r) {
     float* const into = partials + r * (width + 2);
-    float top = into[width + 1];
-    for (int64_t i = 1; i < count; ++i) {
-      const float x = into[i * step + width + 1];
-      top = x > top || x != x ? x : top;
-    }
-    float total = 0;
-    bool some = false;
-    for (int64_t i = 0; i < count; ++i) {
-      const float* const from = into + i * step;
-      if (from[width] == 0.0f) continue;  // saw no key: its level is -inf
-      alignas(64) float factor[kLanes];
-      store(factor, exp(splat(from[width + 1] - top)));
-      const Vec a = splat(factor[0]);
-      total += from[width] * factor[0];
-      for (int64_t d = 0; d < width; d += kLanes) {
-        const Vec x = mul(load(from + d), a);
-        store(into + d, some ? add(load(into + d), x) : x);
-      }
-      some = true;
-    }
-    Few<T>::write(list, r, into, total, top);
+    const Merged found = merge_partials(into, step, count, width);
+    Few<T>::write(list, r, into, found.total, found.level);
   }
 }
 

@@ -71,17 +71,25 @@ def collect() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Model name, cores and the instruction sets kernels ask for, as far as the system tells."""
+    """Model name, cores and the instruction sets kernels ask for, as far as the system tells.
+
+    Family and model number belong to the name: a virtual machine may call several generations the same.
+    """
     model, flags = platform.processor() or platform.machine(), set()
+    numbers: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 model = value.strip()
+            elif key.strip() in ("cpu family", "model"):
+                numbers[key.strip()] = value.strip()
             elif key.strip() in ("flags", "Features"):
                 flags |= set(value.split())
     except OSError:
         pass
+    if len(numbers) == 2:
+        model = f"{model}, family {numbers['cpu family']} model {numbers['model']}"
     found = [x for x in FEATURES if x in flags]
     return {"model": model, "cores": os.cpu_count(), "features": found}
 
