@@ -10,7 +10,13 @@ from hici_kernels.bench import gpu_checks
 pytest.importorskip("triton.language")
 
 CPU = torch.device("cpu")
-FAST = {("global_stats", "odd width"), ("attention", "one token"), ("hga_summaries", "odd")}
+FAST = {
+    ("gather_rows", "rows of 60 bytes"),
+    ("gather_rows", "rows of 60 bytes found on the device"),
+    ("global_stats", "odd width"),
+    ("attention", "one token"),
+    ("hga_summaries", "odd"),
+}
 SLOW = {
     ("attention", "the last 5 positions"),
     ("local_slots", "odd widths"),
@@ -28,7 +34,7 @@ def problems():
     for c in gpu_checks.checks(CPU):
         key = (c.op, c.name)
         if key in FAST | SLOW:
-            marks = [] if key in FAST and c.dtype == torch.bfloat16 else [pytest.mark.slow]
+            marks = [] if (key in FAST and c.dtype == torch.bfloat16) or c.op == "gather_rows" else [pytest.mark.slow]
             yield pytest.param(c, id=f"{c.op}, {c.name}, {str(c.dtype)[6:]}", marks=marks)
 
 

@@ -75,15 +75,21 @@ def summaries(device: torch.device) -> Iterator[Check]:
 
 
 def gathered(device: torch.device) -> Iterator[Check]:
-    def problem(name: str, row_bytes: int, rows: int) -> Check:
+    def problem(name: str, row_bytes: int, rows: int, found: bool = False) -> Check:
+        """found: addresses that the device knows alone, some of them none, of rows that go to places of their own."""
         dtype = torch.float32
         numbers = row_bytes // dtype.itemsize
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+        there = (order % 3 > 0)[:, None].to(device) if found else None
 
         def call(x: Inputs, impl: str) -> Outputs:
             memory = x["memory"].cpu()
             memory = memory.pin_memory() if device.type == "cuda" else memory
-            arguments = memory.data_ptr() + order * row_bytes, row_bytes, device
+            arguments: tuple[Any, ...] = memory.data_ptr() + order * row_bytes, row_bytes, device
+            if there is not None:
+                addresses = torch.where(there[:, 0], arguments[0].to(device), 0)
+                out = torch.zeros(rows, row_bytes, dtype=torch.uint8, device=device)
+                arguments = addresses, row_bytes, device, row_bytes % 16 == 0, out, torch.arange(rows, device=device)
             out = _dispatch.select("gather_rows", impl, *arguments).forward(*arguments).view(dtype)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the memory must outlive the launch
@@ -95,12 +101,13 @@ def gathered(device: torch.device) -> Iterator[Check]:
             dtype,
             lambda number: {"memory": seeded(rows + number, device)(rows, numbers)},
             call,
-            lambda x: (x["memory"][order.to(device)],),
+            lambda x: (x["memory"][order.to(device)] * (1 if there is None else there),),
             gradients=False,
         )
 
     for row_bytes in (4, 60, 4096, 32768, 32772):
         yield problem(f"rows of {row_bytes} bytes", row_bytes, 50)
+        yield problem(f"rows of {row_bytes} bytes found on the device", row_bytes, 50, found=True)
 
 
 def routes(device: torch.device) -> Iterator[Check]:
