@@ -310,6 +310,21 @@ def test_what_is_no_number_reaches_those_who_see_it(place, where, poison):
         assert torch.equal(found[~marked], plain[~marked])
 
 
+@pytest.mark.parametrize(("where", "poison"), [("key", -torch.inf), ("value", NAN)])
+def test_a_token_whose_score_did_not_show_it(where, poison):
+    """An infinite key of which out and lse know nothing: NaN in dQ of those who see it and in its own dK and dV."""
+    problem = Problem(tensors(110, 4), config())
+    expected = problem.found()
+    problem.x[1 if where == "key" else 2][0, 10, 1, 3] = poison
+    hit = problem.seen()[..., 10].clone()
+    hit[..., :2] = False
+    own = torch.zeros(1, 110, 2, dtype=torch.bool)
+    own[0, 10, 1] = True
+    for found, plain, marked in zip(problem.found(), expected, (hit, own, own), strict=True):
+        assert found[marked].isnan().all()
+        assert torch.equal(found[~marked], plain[~marked])
+
+
 @pytest.mark.parametrize("where", ["q", "grad_out", "grad_lse", "out", "lse"])
 def test_a_row_that_is_no_number_reaches_what_it_sees(where):
     x, c = tensors(90, 6), config()

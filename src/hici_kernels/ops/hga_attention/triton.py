@@ -12,8 +12,11 @@ NaN, or the sums without it where its score is -inf (the reference: always NaN),
 or NaN where the reference's may be the other, which decides what is routed to that chunk. NaN in keys, NaN and
 infinities in values are as in the reference: NaN for those who see them, nothing for the others.
 
-Gradients are as the reference's, but for numbers that are none: a query that holds one, or sees a token that does,
-passes NaN to the keys and values it sees and nothing to the others, which in the reference get NaN too.
+Backward: dQ by the tiles and lists of the forward pass; dK and dV by the inverse of the routes, pairs of a group and a
+row sorted on the device, so that a group's program multiplies it with the rows that opened it and no others. dK and dV
+are summed in float32. Gradients are as the reference's, keys with infinities included: NaN for those who see them. A
+query that holds NaN or an infinity, or sees a token that does, passes NaN to the keys and values that it sees and
+nothing to the others, which in the reference get NaN too.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from ..hga_summaries import triton as summariser
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
+# Rows of a tile: entries of its list have a bit for each.
+MOST_ROWS = 64
 # Entries of a tile's list before it is united: as many are sorted at once.
 MOST_ENTRIES = 4096
 # Entries of all lists that are in memory at the same time, of 12 bytes each.
@@ -242,7 +247,7 @@ def low_tile(config: dict[str, int], t: int, pack: int, wide: int, dtype: torch.
 
     pack: heads of a kv group, as a power of two.
     """
-    block_m = max(min(config["BLOCK_M"], power(t * pack), MOST_ENTRIES // wide), 16, pack)
+    block_m = max(min(config["BLOCK_M"], MOST_ROWS, power(t * pack), MOST_ENTRIES // wide), 16, pack)
     low = block_m < config["BLOCK_M"] and dtype != torch.float32
     warps = min(config["num_warps"], 4) if low else config["num_warps"]
     return config | {"BLOCK_M": block_m, "num_warps": warps}
