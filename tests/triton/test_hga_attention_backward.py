@@ -136,6 +136,16 @@ def test_heads_and_widths(group, d):
     check(tensors(100, 3, hq=group, hkv=1, d=d, dtype=DTYPES[(group + d) % 3]), config())
 
 
+@pytest.mark.parametrize(("chunk_size", "group_size"), [(40, 40), (48, 24), (6, 3), (5, 1)])
+def test_sizes_of_groups(cut, chunk_size, group_size):
+    """Larger and smaller than a block of keys, and no powers of two."""
+    c = config(chunk_size=chunk_size, group_size=group_size, keep_first=0, keep_last=0)
+    x = tensors(100, 6, hq=2, hkv=1, seed=chunk_size)
+    assert (Problem(x, c).routes >= 0).any()
+    with tiles(16, 16):
+        check(x, c)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_calls(seed, monkeypatch):
     """Sizes, cuts, masks, positions, budgets and blocks at random."""
