@@ -14,7 +14,7 @@ from .triton import LOG2E, low_tile, query_steps, tokens, unite
 from .triton_backward import list_queries, row_levels, sound_tokens
 from .triton_backward_keys import add_parts, listed_keys, near_keys, route_pairs
 
-# Pairs of a group and a row that are in memory at the same time: 8 bytes each, and as many again while sorting.
+# Pairs of a group and a row in memory at the same time: 8 bytes each, several times that while they are sorted.
 PAIRS = 1 << 22
 # Pairs of a group that one program takes. Others of the same group are added up in memory.
 RUN = 1024
