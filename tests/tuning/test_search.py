@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hici_kernels import _dispatch, tuning
 from hici_kernels.bench.gpu_cases import attention_case, slots_case, stats_case
+from hici_kernels.bench.gpu_hga_cases import routed_case
 from hici_kernels.bench.shapes import Layer
 from hici_kernels.cli.main import app
 from hici_kernels.tuning import lookup, search
@@ -144,7 +145,7 @@ def test_every_table_has_shapes() -> None:
         assert len({s.key for s in found}) == len(found)
 
 
-@pytest.mark.parametrize("op", ["attention", "local_slots", "global_stats"])
+@pytest.mark.parametrize("op", ["attention", "local_slots", "global_stats", "hga_attention"])
 def test_backward_gets_what_the_operation_gives_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     load = _dispatch.load
     monkeypatch.setattr(_dispatch, "load", lambda op, name: load(op, "reference"))
@@ -152,6 +153,7 @@ def test_backward_gets_what_the_operation_gives_it(op: str, monkeypatch: pytest.
         "attention": attention_case(TINY, 64, 16, torch.float32, "tiny"),
         "local_slots": slots_case(TINY, 64, 16, torch.float32, width=32, heads=4),
         "global_stats": stats_case("tiny", 4, torch.float32, False, h=32),
+        "hga_attention": routed_case(128, 8, torch.float32, 16),
     }[op]
     gradients = search.problem(search.Shape(f"{op}_backward", (1, 1), case), CPU)()
     assert [g.shape for g in gradients] == [x.shape for x in case.inputs(CPU).values()]

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import tuning
 from ..tuning import AotSignature, Entry
 from ..tuning.chips import pretend
+from ..tuning.given import backward_arguments
 from ..tuning.lookup import trial
 
 POINTERS = {
@@ -110,9 +111,7 @@ def launches(op: str, entry: Entry) -> list[AotSignature]:
         outs: list[Any] = []
         recorded(entry, variant, lambda a=arguments, o=outs: o.append(module.forward(*a)))  # type: ignore[misc]
         given = (outs[0],) if isinstance(outs[0], Tensor) else tuple(outs[0])
-        grads = tuple(torch.empty_like(x) for x in given)
-        saved = given if op == "attention" else ()
-        everything = (*grads, *saved, *arguments)
+        everything = backward_arguments(op, given, arguments, torch.empty_like)
         found += recorded(entry, variant, lambda a=everything: module.backward(*a))  # type: ignore[misc]
     return found
 

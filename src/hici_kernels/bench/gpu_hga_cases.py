@@ -106,6 +106,8 @@ def routed_case(tokens: int, queries: int, dtype: torch.dtype, d: int = 128) -> 
     shapes = ((1, queries, HEADS, d), (1, tokens, KV_HEADS, d), (1, tokens, KV_HEADS, d))
     seen = min((c.keep_first + c.keep_last) * c.chunk_size + c.chunk_size // 2 + c.topk_groups * c.group_size, tokens)
     rest = (c.group_size, *budgets(c), d**-0.5)
+    flops = 4 * d * HEADS * queries * seen
+    read = dtype.itemsize * 2 * d * KV_HEADS * min(queries * seen, tokens)
 
     def call(x: Inputs, impl: str) -> Outputs:
         return (hga_attention(x["q"], x["k"], x["v"], c, rope=rope, impl=impl),)
@@ -118,8 +120,9 @@ def routed_case(tokens: int, queries: int, dtype: torch.dtype, d: int = 128) -> 
         inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
         options={"config": c},
         call=call,
-        forward=Work(4 * d * HEADS * queries * seen, dtype.itemsize * 2 * d * KV_HEADS * min(queries * seen, tokens)),
-        backward=NO_BACKWARD,
+        forward=Work(flops, read),
+        # q, out and its gradient read, dq written; dk and dv of all tokens, seen or not
+        backward=Work(5 * flops // 2, read + dtype.itemsize * 2 * d * (2 * HEADS * queries + KV_HEADS * tokens)),
         baselines={"sdpa, every token": Baseline(_dense, 2 * d * HEADS * tokens * tokens, same=False)}
         if queries == tokens
         else {},
@@ -225,7 +228,7 @@ def gather_case(row_bytes: int, rows: int, dtype: torch.dtype) -> GpuCase:
 
 def _dense(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
     """Dense attention of the same queries: all of a text, or one."""
-    q, k, v = (x[n].transpose(1, 2) for n in "qkv")
+    q, k, v = (x[n].transpose(1, 2).detach().requires_grad_() for n in "qkv")
     causal = q.shape[2] > 1
 
     def call() -> Outputs:

@@ -199,6 +199,11 @@ def attention(device: torch.device) -> Iterator[Check]:
             yield problem(f"D {d}", dtype, d=d)
     for dtype in TWO:
         yield problem("default budgets", dtype, s=3000, keep_last=8, topk_chunks=16, topk_groups=32)
+        # more pairs of a group and a row than the backward pass takes at a time
+        many: dict[str, Any] = {"keep_last": 8, "topk_chunks": 16, "topk_groups": 32}
+        yield problem("20,000 tokens", dtype, b=1, s=20_000, hq=8, **many)
+        # whole windows open the same few groups
+        yield problem("two groups a query", dtype, s=3000, topk_chunks=1, topk_groups=2, share="kv")
         yield problem("the last 5 positions", dtype, t=5)
         yield problem("a text of one chunk", dtype, s=64)
         yield problem("small chunks", dtype, s=200, t=10, **SMALL)

@@ -218,7 +218,7 @@ def measure(
         runnable.pop(name, None)
 
     work = case.work(direction)
-    if direction == "backward" and case.op != "attention":
+    if direction == "backward" and case.op not in ("attention", "hga_attention"):
         flops = dict.fromkeys(flops, work.flops)
     matmul, copy = limits["matmul_flops"][str(case.dtype)], limits["copy_bytes_per_s"]
     for name, times in alternate(runnable, clock, rounds).items():

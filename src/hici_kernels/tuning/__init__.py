@@ -8,10 +8,10 @@ configuration, where and when that was measured (or "not yet measured"), and why
 measures on the GPU at hand and rewrites the entries of that GPU's architecture; nobody else writes measurements.
 Tables: ``attention``, ``attention_backward`` (dK and dV), ``attention_backward_dq``, ``local_slots``,
 ``local_slots_backward``, ``global_stats``, ``global_stats_backward``, ``hga_summaries``, ``hga_route``,
-``hga_attention``, ``gather_rows``. ``head_dim`` and ``segment_len`` are what an operation's cost depends on: D and
-tokens per segment for attention; for ``local_slots`` the hidden size H and tokens per segment; for ``global_stats`` H
-and the number of segments; for ``hga_summaries`` D and tokens per chunk; for ``gather_rows`` bytes of a row. An
-operation without a meaning for one passes 0.
+``hga_attention``, ``hga_attention_backward`` (dK and dV), ``hga_attention_backward_dq``, ``gather_rows``. ``head_dim``
+and ``segment_len`` are what an operation's cost depends on: D and tokens per segment for attention; for ``local_slots``
+the hidden size H and tokens per segment; for ``global_stats`` H and the number of segments; for ``hga_summaries`` D and
+tokens per chunk; for ``gather_rows`` bytes of a row. An operation without a meaning for one passes 0.
 
 Which entry serves a call (:func:`configuration`):
     1. architecture: the same; else, among the vendor's chips in the table that have no more shared memory than this

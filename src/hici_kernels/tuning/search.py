@@ -30,6 +30,7 @@ from ..bench.gpu_run import require_gpu
 from ..bench.gpu_timing import Clock, DeviceClock
 from ..bench.shapes import Layer
 from .chips import architecture
+from .given import backward_arguments
 from .lookup import entry_for, trial
 from .table import FOLDER, Entry, read, tables, write
 
@@ -119,7 +120,7 @@ def shapes(ops: list[str], dims: list[int], lens: list[int], dtypes: list[str]) 
                 yield Shape(op, (128, 64), summaries_case(32768, dtype))
             elif op == "hga_route":
                 yield Shape(op, (128, 0), route_case(512, 4096, dtype))
-            elif op == "hga_attention":
+            elif op.startswith("hga_attention"):
                 for d in dims:
                     if d in ROUTED_DIMS:
                         yield Shape(op, (d, 0), routed_case(32768, 4096, dtype, d))
@@ -206,9 +207,12 @@ def problem(shape: Shape, device: torch.device) -> Callable[[], tuple[Tensor, ..
         return lambda: _tuple(forward())
     outs = _tuple(forward())
     generator = torch.Generator(device).manual_seed(1)
-    grads = [torch.randn(o.shape, generator=generator, device=device, dtype=o.dtype) for o in outs]
-    saved = outs if op == "attention" else ()
-    return lambda: _tuple(module.backward(*grads, *saved, *arguments))
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+
+    given = backward_arguments(op, outs, arguments, gradient)
+    return lambda: _tuple(module.backward(*given))
 
 
 def _tuple(x: Any) -> tuple[Tensor, ...]:

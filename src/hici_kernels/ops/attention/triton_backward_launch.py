@@ -65,8 +65,8 @@ class _Call:
         causal: bool,
         scale: float,
     ) -> None:
-        self.grad_out, self.grad_lse, self.out, self.lse = _dense(grad_out), grad_lse, _dense(out), lse
-        self.q, self.k, self.v = _dense(q), _dense(k), _dense(v)
+        self.grad_out, self.grad_lse, self.out, self.lse = dense(grad_out), grad_lse, dense(out), lse
+        self.q, self.k, self.v = dense(q), dense(k), dense(v)
         self.b, self.t, self.heads, self.d = q.shape
         self.s, self.kv_heads = k.shape[1], k.shape[2]
         self.group = self.heads // self.kv_heads
@@ -282,6 +282,6 @@ def by_pointers(block: int) -> int:
     return max(block // 2, 16)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """Kernels read any strides but that of the last dim; a gradient broadcast by autograd has stride 0 there."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -12,12 +12,17 @@ NaN, or the sums without it where its score is -inf (the reference: always NaN),
 or NaN where the reference's may be the other, which decides what is routed to that chunk. NaN in keys, NaN and
 infinities in values are as in the reference: NaN for those who see them, nothing for the others.
 
-Gradients are the reference's, on the device of the tensors.
+Backward: dQ by the tiles and lists of the forward pass; dK and dV by the inverse of the routes, pairs of a group and a
+row sorted on the device, so that a group's program multiplies it with the rows that opened it and no others. dK and dV
+are summed in float32. Gradients are as the reference's, keys with infinities included: NaN for those who see them. A
+query that holds NaN or an infinity, or sees a token that does, passes NaN to the keys and values that it sees and
+nothing to the others, which in the reference get NaN too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,12 +35,11 @@ from ..attention.triton import column_blocks, splits_for
 from ..hga_route import triton as router
 from ..hga_route.triton import power
 from ..hga_summaries import triton as summariser
-from .reference import backward
-
-__all__ = ["backward", "forward", "rejects"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
+# Rows of a tile: entries of its list have a bit for each.
+MOST_ROWS = 64
 # Entries of a tile's list before it is united: as many are sorted at once.
 MOST_ENTRIES = 4096
 # Entries of all lists that are in memory at the same time, of 12 bytes each.
@@ -76,6 +80,9 @@ def rejects(
         return f"it serves head_dim up to {LARGEST_HEAD}, q has {d}"
     if s // group_size >= 2**25 or s >= 2**30:
         return f"it serves fewer than 2^25 groups and 2^30 positions, k has shape {tuple(k.shape)}"
+    grid, most = router.LARGEST_GRID, router.LARGEST_GROUP
+    if b > grid or hq > grid or hq // max(hkv, 1) > most:
+        return f"it serves batches and heads up to {grid}, {most} per kv head: got {b}, {hq}, {hkv}"
     groups = chunk_size // group_size
     width = min(topk_groups, s // chunk_size * groups) if routes is None else routes.shape[-1]
     if power(width) * power(hq // max(hkv, 1), 16) > MOST_ENTRIES:
@@ -167,17 +174,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     from ..attention.triton_forward import merge_blocks, merge_splits
     from .triton_forward import attend_lists
-    from .triton_lists import unite_routes
 
     b, t, hq, d = q.shape
     s, hkv, r, width = k.shape[1], k.shape[2], hq // k.shape[2], routes.shape[-1]
     arch = tuning.architecture(q.device)
     config = tuning.configuration("hga_attention", arch, head_dim=d, segment_len=0, dtype=q.dtype)
     pack, wide = power(r), power(width)
-    block_m = max(min(config["BLOCK_M"], power(t * pack), MOST_ENTRIES // wide), 16, pack)
-    block_n, size, entries = config["BLOCK_N"], block_m // pack, block_m * wide
-    low = block_m < config["BLOCK_M"] and q.dtype != torch.float32
-    warps = min(config["num_warps"], 4) if low else config["num_warps"]
+    config = low_tile(config, t, pack, wide, q.dtype)
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    size, entries = block_m // pack, block_m * wide
     block_d, block_e = column_blocks(d, q.dtype)
 
     tiles = -(-t // size)
@@ -188,37 +193,10 @@ def _attend(
     if splits > 1:
         parts = q.new_empty((splits, *q.shape), dtype=torch.float32)
         part_lse = q.new_empty((splits, b, hq, t), dtype=torch.float32)
-    step = max(SCRATCH // (entries * hkv * b), 1) * size
     steps = (0, 0) if index is None else index.stride()
-    for start in range(0, t, step):
-        stop = min(start + step, t)
-        lists = (b, hkv, -(-(stop - start) // size))
-        ids = q.new_empty((*lists, entries), dtype=torch.int32)
-        sums = q.new_empty((*lists, entries), dtype=torch.int64)
-        counts = q.new_empty(lists, dtype=torch.int32)
-        unite_routes[(lists[2], hkv, b)](
-            routes,
-            index,
-            ids,
-            sums,
-            counts,
-            *routes.stride()[:3],
-            *steps,
-            s - t,
-            start,
-            stop,
-            hkv,
-            r,
-            width,
-            *regions,
-            GROUP_SIZE=group_size,
-            BLOCK_M=block_m,
-            PACK=pack,
-            WIDTH=wide,
-            num_warps=max(min(entries // 512, 8), 1),
-            num_stages=1,
-        )
-        attend_lists[(lists[2] * splits, hkv, b)](
+    for start, stop in query_steps(t, b * hkv, block_m, pack, wide):
+        ids, sums, counts = unite(routes, index, start, stop, s - t, hkv, group_size, regions, block_m)
+        attend_lists[(counts.shape[-1] * splits, hkv, b)](
             q,
             k,
             v,
@@ -253,7 +231,7 @@ def _attend(
             BLOCK_E=block_e,
             PACK=pack,
             SIGN=(scale > 0) - (scale < 0),
-            num_warps=warps,
+            num_warps=config["num_warps"],
             num_stages=config["num_stages"],
         )
     if splits > 1:
@@ -262,3 +240,74 @@ def _attend(
             parts, part_lse, out, lse, b * t * hq, t, hq, splits, HEAD_DIM=d, **blocks, num_warps=4, num_stages=1
         )
     return out, lse
+
+
+def low_tile(config: dict[str, int], t: int, pack: int, wide: int, dtype: torch.dtype) -> dict[str, int]:
+    """The configuration with a tile no taller than the rows there are, nor than lists of ``wide`` entries a row allow.
+
+    pack: heads of a kv group, as a power of two.
+    """
+    block_m = max(min(config["BLOCK_M"], MOST_ROWS, power(t * pack), MOST_ENTRIES // wide), 16, pack)
+    low = block_m < config["BLOCK_M"] and dtype != torch.float32
+    warps = min(config["num_warps"], 4) if low else config["num_warps"]
+    return config | {"BLOCK_M": block_m, "num_warps": warps}
+
+
+def query_steps(t: int, rows: int, block_m: int, pack: int, wide: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the queries whose lists are in memory together; rows: of the batch, times kv heads."""
+    step = max(SCRATCH // (block_m * wide * rows), 1) * (block_m // pack)
+    for start in range(0, t, step):
+        yield start, min(start + step, t)
+
+
+def unite(
+    routes: Tensor,
+    index: Tensor | None,
+    start: int,
+    stop: int,
+    first: int,
+    heads: int,
+    group_size: int,
+    regions: tuple[int, int, int],
+    block_m: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, sums, counts) of :func:`.triton_lists.unite_routes` for queries [start, stop); heads: of keys."""
+    from .triton_lists import unite_routes
+
+    b, _, hq, width = routes.shape
+    pack, wide = power(hq // heads), power(width)
+    lists = (b, heads, -(-(stop - start) // (block_m // pack)))
+    entries = block_m * wide
+    ids = routes.new_empty((*lists, entries), dtype=torch.int32)
+    sums = routes.new_empty((*lists, entries), dtype=torch.int64)
+    counts = routes.new_empty(lists, dtype=torch.int32)
+    unite_routes[(lists[2], heads, b)](
+        routes,
+        index,
+        ids,
+        sums,
+        counts,
+        *routes.stride()[:3],
+        *((0, 0) if index is None else index.stride()),
+        first,
+        start,
+        stop,
+        heads,
+        hq // heads,
+        width,
+        *regions,
+        GROUP_SIZE=group_size,
+        BLOCK_M=block_m,
+        PACK=pack,
+        WIDTH=wide,
+        num_warps=max(min(entries // 512, 8), 1),
+        num_stages=1,
+    )
+    return ids, sums, counts
+
+
+def backward(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of (q, k, v)."""
+    from .triton_backward_launch import backward as launch
+
+    return launch(grad_out, grad_lse, out, lse, *arguments)
