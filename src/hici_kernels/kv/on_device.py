@@ -20,7 +20,9 @@ NEVER = torch.iinfo(torch.int64).max
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """``x`` of the host on the device. A copy from memory that is not pinned would wait for all work before it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type != "cuda" or x.is_cuda or not x.numel():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def refusal(device: torch.device, layout: Layout | None = None) -> str | None:
