@@ -78,6 +78,29 @@ def test_the_device_learns_where_records_went(name: str) -> None:
 
 @pytest.mark.usefixtures("references")
 @pytest.mark.parametrize("name", ["device", "a bank of 7 pages"])
+@pytest.mark.parametrize(("chunks", "groups"), [(0, 0), (3, 0), (1, 1), (50, 200)])
+def test_budgets_of_nothing_and_of_everything(name: str, chunks: int, groups: int) -> None:
+    q, k, v = tensors(130, b=2, dtype=torch.float32)
+    config = small(topk_chunks=chunks, topk_groups=groups)
+    outs = [
+        feed(store(config, k, **x), q, k, v, [100, 101, 103, 103, 115], impl="triton")
+        for x in (THROUGH_THE_HOST, TIERS[name])
+    ]
+    assert torch.equal(*outs)
+    close(outs[0], full(q, k, v, config, impl="reference").out, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["device", "a bank of 7 pages"])
+def test_no_rows_and_no_queries(name: str) -> None:
+    for b, t in ((0, 1), (2, 0), (0, 0)):
+        q, k, v = tensors(t, b=b, dtype=torch.float32)
+        target = store(small(), k, **TIERS[name])
+        assert target.attend(0, q, k, v, impl="triton").shape == q.shape
+        assert target.lengths.tolist() == [0] * b
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("name", ["device", "a bank of 7 pages"])
 def test_eight_bit_records(name: str) -> None:
     q, k, v = tensors(150, dtype=torch.float32)
     outs = [

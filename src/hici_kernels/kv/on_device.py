@@ -60,7 +60,8 @@ class Opened(NamedTuple):
 def opened(routes: Tensor, below: Tensor, kv_heads: int, room: int) -> Opened:
     """Of routes [B, T, Hq, w]; groups below ``below`` [B] lie in records, at most ``room`` of them are distinct."""
     b, t, hq, w = routes.shape
-    ids = routes.long().view(b, t, kv_heads, -1).transpose(1, 2).flatten(2)
+    by_heads = (b, t, kv_heads, hq // kv_heads * w)
+    ids = routes.long().view(by_heads).transpose(1, 2).flatten(2)
     in_records = (ids >= 0) & (ids < below[:, None, None])
     ordered, order = torch.where(in_records, ids, NEVER).sort(dim=-1, stable=True)
     there = ordered != NEVER
@@ -71,7 +72,7 @@ def opened(routes: Tensor, below: Tensor, kv_heads: int, room: int) -> Opened:
     group = ids.new_full((b, kv_heads, room + 1), -1)
     group.scatter_(-1, torch.where(fresh, place, room), torch.where(fresh, ordered, -1))
     slots = torch.empty_like(ids).scatter_(-1, order, torch.where(there, place, -1))
-    return Opened(group[..., :room], slots.view(b, kv_heads, t, -1).transpose(1, 2).reshape(b, t, hq, w))
+    return Opened(group[..., :room], slots.view(b, kv_heads, t, by_heads[3]).transpose(1, 2).reshape(b, t, hq, w))
 
 
 def pages_of(group: Tensor, records: Tensor, layout: Layout, per_chunk: int) -> Tensor:
