@@ -27,7 +27,7 @@ def build(folder: Path, **environment: str) -> tuple[Path, str]:
     """The wheel that pip makes of this tree under build isolation, and what pip printed."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir", "--wheel-dir", str(folder)]
     done = subprocess.run(
-        [*command, str(ROOT)], text=True, capture_output=True, timeout=600, env={**os.environ, **environment}
+        [*command, str(ROOT)], text=True, capture_output=True, timeout=1500, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (wheel,) = folder.glob("hici_kernels-*.whl")
