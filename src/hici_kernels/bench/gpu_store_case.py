@@ -47,7 +47,7 @@ class _Stores:
         return {n: x.to(self.dtype) for n, x in draw.items()}
 
     def step(self, x: Inputs, way: str) -> Outputs:
-        """One token through all layers, and back."""
+        """One token through all layers, and back; every way takes the same queries in the same turns."""
         if way not in self._made:
             self._made[way] = self._open(x, way), itertools.count()
         store, turns = self._made[way]
@@ -56,10 +56,6 @@ class _Stores:
         outs = [store.attend(layer, q, k, v) for layer in range(self.layers)]
         store.rewind(self.tokens)
         return (torch.stack(outs),)
-
-    def begin(self) -> None:
-        """Every side starts with the same query."""
-        self._made = {way: (store, itertools.count()) for way, (store, _) in self._made.items()}
 
     def _open(self, x: Inputs, way: str) -> KVStore:
         device = x["q"].device
@@ -82,9 +78,7 @@ class _Stores:
         return KVStore.load(self._saved, device=device, **ways[way])
 
 
-def store_case(
-    tokens: int, bank_pages: int, dtype: torch.dtype, d: int = 128, layers: int = 4, name: str | None = None
-) -> GpuCase:
+def store_case(tokens: int, bank_pages: int, dtype: torch.dtype, d: int = 128, layers: int = 4) -> GpuCase:
     """Steps of one query after ``tokens``, over ``layers`` layers with a bank of ``bank_pages`` pages for all."""
     stores, c = _Stores(tokens, layers, bank_pages, dtype, d), HGAConfig()
     pool, m = max(0, tokens // c.chunk_size - c.keep_first - c.keep_last), c.groups_per_chunk
@@ -95,11 +89,9 @@ def store_case(
     read = 2 * d * ((seen - opened) * KV_HEADS + opened * HEADS) + d * (pool * KV_HEADS + c.topk_chunks * m * HEADS)
 
     def host(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
-        stores.begin()
         return lambda: stores.step(x, "reference"), []
 
     def device(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
-        stores.begin()
         return lambda: stores.step(x, "device"), []
 
     def dense(x: Inputs, options: dict[str, Any]) -> tuple[Callable[[], Outputs], list[Tensor]]:
@@ -114,7 +106,7 @@ def store_case(
 
     return GpuCase(
         op="gather_rows",
-        name=name or f"decoding at {tokens} tokens, history in host memory, a bank of {bank_pages} pages",
+        name=f"decoding at {tokens} tokens, history in host memory, a bank of {bank_pages} pages",
         shape=f"1 query, {tokens} tokens, {layers} layers of {HEADS}/{KV_HEADS} heads, D {d}, default budgets, {TURNS} "
         f"queries in turn",
         dtype=dtype,
