@@ -6,6 +6,8 @@ VENV ?= .venv
 # what `make demo ARGS="--context 4096"` hands to the program
 ARGS ?=
 WORKERS ?= auto
+# a wheel of this tree, where one has been built already: the tests then build none of their own
+WHEEL ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -25,7 +27,7 @@ fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(if $(WHEEL),--wheel $(WHEEL))
 
 # every kernel configuration for every target, without a GPU; what the committed report proves is not compiled again
 aot: $(STAMP)

@@ -19,6 +19,11 @@ def pytest_addoption(parser):
         default=Path(__file__).parent / "golden" / "data",
         help="directory of manifest_*.json and the reference fixtures they name",
     )
+    parser.addoption(
+        "--wheel",
+        type=Path,
+        help="a wheel of this tree for the packaging tests, which build one otherwise",
+    )
 
 
 def pytest_configure(config):

@@ -142,11 +142,13 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
     return path.backward(problem, grad_out, grad_lse, gradients, scratch.data());
   }
   const BackwardPath path = backward_path(isa);
-  const BackwardSchedule schedule(problem, path.block(problem));
+  // weights from lse carry its rounding: a sixteenth of the element type's own is let pass
+  const int64_t rows = problem.batch * problem.heads * problem.queries;
+  const BackwardSchedule schedule(problem, path.block(problem), rounding(lse, rows) > precision(problem.element) / 16);
 
   const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
   if (schedule.work < kWorthThreads) execution.threads = 1;
-  const int64_t most = std::max(schedule.items.size(), schedule.normalising.size());
+  const int64_t most = std::max(schedule.items.size(), schedule.later.size());
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, most));
   const Memory scratch(workers * scratch_size);
 
@@ -156,13 +158,11 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
   const Memory shared_slots(shared ? per_row * problem.global.count * 4 : 0);
   const Memory carried(per_row * recurrence * 4), tail(per_row * recurrence * 4);
 
-  // weights from lse carry its rounding: a sixteenth of the element type's own is let pass
-  const int64_t rows = problem.batch * problem.heads * problem.queries;
-  const bool anew = rounding(lse, rows) > precision(problem.element) / 16 && !schedule.normalising.empty();
-  const Memory formed(anew ? 3 * rows * 4 : 0);
+  const bool wanted = !schedule.later.empty();  // facts that some items form and others use
+  const Memory formed(wanted ? 3 * rows * 4 : 0);
   float* const first = static_cast<float*>(formed.data());
-  const Normalised own = anew ? Normalised{first, first + rows, first + 2 * rows} : Normalised{};
-  const BackwardInput input{grad_out, grad_lse, anew ? own.shift : lse, own.factor, own.delta, out};
+  const Normalised facts = wanted ? Normalised{first, first + rows, first + 2 * rows} : Normalised{};
+  const BackwardInput input{grad_out, grad_lse, wanted ? facts.shift : lse, facts.factor, facts.delta, out};
   const BackwardOutput output{gradients,
                               static_cast<float*>(shared_slots.data()),
                               static_cast<float*>(carried.data()),
@@ -190,16 +190,11 @@ void attention_backward(const AttentionProblem& given, const AttentionCut& cut, 
     clear(v, sets * slots.count * problem.kv_heads);
   }
 
-  if (anew) {
-    parallel(execution, schedule.normalising.size(), [&](int64_t i, int worker) {
-      path.normalise(problem, schedule.normalising[i], input, own, schedule.sizes,
-                     static_cast<char*>(scratch.data()) + worker * scratch_size);
+  for (const auto* items : {&schedule.items, &schedule.later})
+    parallel(execution, items->size(), [&](int64_t i, int worker) {
+      path.backward(problem, (*items)[i], input, facts, output, schedule.sizes,
+                    static_cast<char*>(scratch.data()) + worker * scratch_size);
     });
-  }
-  parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
-    path.backward(problem, schedule.items[i], input, output, schedule.sizes,
-                  static_cast<char*>(scratch.data()) + worker * scratch_size);
-  });
   if (!shared && recurrence == 0) return;
   parallel(execution, problem.batch * problem.kv_heads, [&](int64_t i, int) {
     path.collect(problem, i / problem.kv_heads, i % problem.kv_heads, output);

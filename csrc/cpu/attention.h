@@ -108,6 +108,7 @@ enum class BackwardPart : int { kAll, kKeys, kQueries };
 
 // kAll and kKeys: keys j in [key_begin, key_end) of one kv head against all its queries. kQueries: queries of ranks
 // [rank_begin, rank_end) against all their keys. kAll covers every key of the segment, and so completes its queries too.
+// Where facts are formed anew, kAll and kQueries form those of their queries, and kKeys finds what kQueries has formed.
 struct BackwardItem {
   BackwardPart part;
   int64_t segment, kv_head;
@@ -117,24 +118,29 @@ struct BackwardItem {
 
 // A segment with at most this many keys has them in one block, which forms its softmax anew from its own scores.
 constexpr int64_t kExactKeys = 256;
+// Queries whose scores are formed, and kept if there is room, before gradients are made of them.
+constexpr int64_t kQueriesAhead = 512;
+static_assert(kQueriesAhead >= kExactKeys, "");  // the most queries of a segment with so few keys
 
-// The most that any item keeps in scratch: keys with sums, packed queries (kKeys keeps one block of them), and the keys
-// of a segment with at most kExactKeys.
+// The most that any item keeps in scratch: keys with sums, packed queries (kKeys keeps one block of them), the keys of a
+// segment with at most kExactKeys, and packed keys with scores (0: one block, and scores are formed twice).
 struct BackwardSizes {
-  int64_t keys = 0, queries = 0, exact = 0;
+  int64_t keys = 0, queries = 0, exact = 0, kept = 0;
+  bool anew = false;  // facts are formed from scores, in segments of more than kExactKeys keys
 };
 
+// Facts of a query: weights are exp(score - shift) * factor, delta = sum_j P dP. All [batch, heads, queries].
 struct BackwardInput {
   Sequence4 grad_out;
   const float* grad_lse;
-  const float *shift, *factor;  // weights are exp(score - shift) * factor; factor null = 1
-  const float* delta;           // sum_j P dP; null = grad_out . out
+  const float *shift, *factor;  // factor null = 1
+  const float* delta;           // null = grad_out . out
   const void* out;              // contiguous
 };
 
-// Where shift, factor and delta are formed anew: [batch, heads, queries].
+// Where facts formed anew are kept for kKeys; null: not at all.
 struct Normalised {
-  float *shift, *factor, *delta;
+  float *shift = nullptr, *factor = nullptr, *delta = nullptr;
 };
 
 // Rows of gradients that more than one segment adds to are kept apart in float and summed in order of segments: of
@@ -163,11 +169,8 @@ struct ForwardPath {
 struct BackwardPath {
   int64_t (*block)(const AttentionProblem&);  // the larger of queries and keys per block, a multiple of both
   int64_t (*scratch)(const AttentionProblem&, const BackwardSizes&);
-  // of the queries of a kQueries item
-  void (*normalise)(const AttentionProblem&, const BackwardItem&, const BackwardInput&, const Normalised&,
-                    const BackwardSizes&, void* scratch);
-  void (*backward)(const AttentionProblem&, const BackwardItem&, const BackwardInput&, const BackwardOutput&,
-                   const BackwardSizes&, void* scratch);
+  void (*backward)(const AttentionProblem&, const BackwardItem&, const BackwardInput&, const Normalised&,
+                   const BackwardOutput&, const BackwardSizes&, void* scratch);
   // after all items: rows kept apart become gradients. One kv head of one batch row.
   void (*collect)(const AttentionProblem&, int64_t batch, int64_t kv_head, const BackwardOutput&);
 };

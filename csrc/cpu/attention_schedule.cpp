@@ -1,6 +1,7 @@
 #include "attention_schedule.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace hici::cpu {
 namespace {
@@ -16,6 +17,8 @@ constexpr int64_t kSplitKeys = 2048;
 constexpr int64_t kWholeItems = 32;
 constexpr double kLittleWork = 1e8;
 constexpr int64_t kWholeRows = int64_t{1} << 23;  // elements of dim: about 30 bytes of scratch each
+// Keys whose scores with kQueriesAhead queries are kept: 4 KiB of scratch each.
+constexpr int64_t kKeptKeys = 16384;
 
 }  // namespace
 
@@ -116,7 +119,7 @@ ForwardSchedule::ForwardSchedule(const AttentionProblem& p, int64_t tile_rows) {
   }
 }
 
-BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block) {
+BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block, bool anew) {
   const auto slots_of = [&](const AttentionSegment& s) { return s.slots ? p.global.count + p.local.count : 0; };
   int64_t longest = 0, most_keys = 0;
   for (int64_t i = 0; i < p.segment_count; ++i) {
@@ -134,23 +137,18 @@ BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block) {
                      (work < kLittleWork || p.segment_count * p.kv_heads >= kWholeItems);
   const int64_t key_step = std::max(kExactKeys, 4 * block), query_step = 4 * block;
   sizes.keys = whole ? most_keys : std::min(most_keys, key_step);
-  sizes.queries = whole ? longest : std::min(longest, query_step);
+  sizes.anew = anew && most_keys > kExactKeys;
+  sizes.queries = !whole ? std::min(longest, query_step) : sizes.anew ? std::min(longest, kQueriesAhead) : longest;
+  if (sizes.anew && most_keys <= kKeptKeys) sizes.kept = most_keys;
 
   struct Costed {
     double cost;
     BackwardItem item;
   };
-  std::vector<Costed> found;
+  std::vector<Costed> found, after;
   for (int64_t i = 0; i < p.segment_count; ++i) {
     const AttentionSegment& s = p.segments[i];
     const int64_t slots = slots_of(s), keys = slots + s.key_end - s.key_begin;
-    for (int64_t h = 0; h < p.kv_heads && keys > kExactKeys; ++h) {
-      for (int64_t t = s.query_begin; t < s.query_end; t += query_step) {
-        const int64_t end = std::min(t + query_step, s.query_end);
-        const int64_t seen = p.causal ? slots + end - s.key_begin : keys;
-        normalising.push_back({BackwardPart::kQueries, i, h, 0, seen, t, end});
-      }
-    }
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       if (whole) {
         found.push_back({static_cast<double>(s.query_end - s.query_begin) * keys,
@@ -160,8 +158,9 @@ BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block) {
       for (int64_t j = 0; j < keys; j += key_step) {
         const int64_t end = std::min(j + key_step, keys);
         const int64_t first = p.causal ? std::max(s.query_begin, s.key_begin + j - slots) : s.query_begin;
-        found.push_back({4.0 * (end - j) * (s.query_end - first),
-                         {BackwardPart::kKeys, i, h, j, end, s.query_begin, s.query_end}});
+        (sizes.anew ? after : found)
+            .push_back({4.0 * (end - j) * (s.query_end - first),
+                        {BackwardPart::kKeys, i, h, j, end, s.query_begin, s.query_end}});
       }
       for (int64_t t = s.query_begin; t < s.query_end; t += query_step) {
         const int64_t end = std::min(t + query_step, s.query_end);
@@ -170,8 +169,10 @@ BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block) {
       }
     }
   }
-  std::stable_sort(found.begin(), found.end(), [](const Costed& a, const Costed& b) { return a.cost > b.cost; });
-  for (const Costed& x : found) items.push_back(x.item);
+  for (const auto& [costed, to] : {std::pair{&found, &items}, std::pair{&after, &later}}) {
+    std::stable_sort(costed->begin(), costed->end(), [](const Costed& a, const Costed& b) { return a.cost > b.cost; });
+    for (const Costed& x : *costed) to->push_back(x.item);
+  }
 }
 
 }  // namespace hici::cpu

@@ -36,10 +36,11 @@ struct ForwardSchedule {
 };
 
 struct BackwardSchedule {
-  BackwardSchedule(const AttentionProblem& problem, int64_t block);
+  // anew: facts are to be formed from scores where a segment has more than kExactKeys keys
+  BackwardSchedule(const AttentionProblem& problem, int64_t block, bool anew);
 
-  std::vector<BackwardItem> items;        // long ones first
-  std::vector<BackwardItem> normalising;  // kQueries items of the segments with more than kExactKeys
+  std::vector<BackwardItem> items;  // long ones first
+  std::vector<BackwardItem> later;  // after all of those: kKeys items that want the facts kQueries items form
   std::vector<int64_t> tail_begin;   // per segment: the rank from which the next segment sees its tokens again
   BackwardSizes sizes;
   double work = 0;

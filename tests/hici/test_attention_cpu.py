@@ -404,6 +404,42 @@ def test_one_long_segment(dtype: torch.dtype, t: int, kind: str) -> None:
         assert_usual(found[path], path)
 
 
+def assert_usual_everywhere(tensors: dict[str, Tensor], options: dict[str, Any], draws: int) -> None:
+    """Several draws of such tensors keep the budget on every path, to the same bits on one thread and two."""
+    found: dict[str, list[dict[str, float]]] = {path: [] for path in PATHS}
+    for seed in range(draws):
+        g = torch.Generator().manual_seed(seed)
+        drawn = {name: torch.randn(x.shape, generator=g).to(x) for name, x in tensors.items()}
+        truth, plain = references(drawn, options)
+        for path in PATHS:
+            with _native.path(path):
+                ours = run(drawn, options, "cpu")
+                torch.set_num_threads(1)
+                try:
+                    assert_same_bits(ours, run(drawn, options, "cpu"), path)
+                finally:
+                    torch.set_num_threads(2)
+            found[path].append(all_excess(truth, ours, plain))
+    for path in PATHS:
+        assert_usual(found[path], path)
+
+
+@pytest.mark.parametrize("t", [64, pytest.param(600, marks=pytest.mark.slow)])
+def test_more_keys_than_scores_are_kept_of(t: int) -> None:
+    """Gradients of long segments: of few queries in one item (64), of more in items for queries, then items for keys."""
+    tensors = {"q": torch.empty(1, t, 2, 8)} | {name: torch.empty(1, 17000, 1, 8) for name in "kv"}
+    assert_usual_everywhere(tensors, {}, 2 if t < 600 else 5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_of_all_sizes(causal: bool) -> None:
+    """Gradients whose scores are kept, beside those of documents that fit one block of keys."""
+    ends = [0, 1, 258, 514, 1215, 1216, 1729, 1793]
+    tensors = {name: torch.empty(1, ends[-1], heads, 8) for name, heads in {"q": 6, "k": 6, "v": 6}.items()}
+    options = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "causal": causal}
+    assert_usual_everywhere(tensors, options, 2)
+
+
 @each_path
 def test_scores_of_any_size_stay_finite(path: str) -> None:
     for dtype, size in ((torch.float32, 1e10), (torch.float16, 200.0), (torch.bfloat16, 1e8)):

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "hici_kernels"
@@ -35,10 +36,17 @@ def build(folder: Path, **environment: str) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that --wheel names, else one built here, once for all test processes."""
+    given: Path | None = request.config.getoption("--wheel")
+    if given is not None:
+        return given
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
-    return build(tmp_path_factory.mktemp("wheel"))[0]
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "wheel"
+    with FileLock(f"{folder}.lock"):
+        return next(folder.glob("hici_kernels-*.whl"), None) or build(folder)[0]
 
 
 def names(wheel: Path) -> list[str]:
