@@ -303,7 +303,8 @@ void PageFile::finish(const Transfer& t) {
     if (f->kind == Fault::Kind::kShort && result > f->value) result = f->value;
     if (f->kind == Fault::Kind::kFlip && !r.write && result > 0) t.data[f->value / 8 % result] ^= char(1 << f->value % 8);
   }
-  const bool again = result == -EINTR || result == -EAGAIN;
+  // ECANCELED: the thread that handed the transfer to the system has ended, and with it what the system had not begun
+  const bool again = result == -EINTR || result == -EAGAIN || result == -ECANCELED;
   if (result < 0 && !again) {
     if (!r.write && ++r.tried[item] < kTries) {
       ++counters_.retries;

@@ -178,6 +178,22 @@ def test_a_passing_read_fault_is_read_again(tmp_path, backend: str, kind: str, v
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN, errno.ECANCELED])
+def test_an_interrupted_transfer_is_begun_again(tmp_path, backend: str, number: int) -> None:
+    """However often; ECANCELED is what io_uring gives where the thread that sent another's transfer has ended."""
+    file, bank, records = open_file(tmp_path, backend=backend)
+    records.take(3, torch.arange(4), torch.arange(4))
+    data = torch.randint(0, 256, bank.shape, dtype=torch.uint8)
+    bank[:] = data
+    file.inject(True, "error", number, times=50)
+    file.write(torch.arange(8), torch.arange(8))
+    bank.zero_()
+    file.inject(False, "error", number, times=50)
+    read(file, list(range(8)))
+    assert torch.equal(bank[:, :924], data[:, :924])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "kind, value, said",
     [("flip", 4321, "not those that were written"), ("error", errno.EIO, "EIO"), ("error", errno.ENODEV, "ENODEV")],

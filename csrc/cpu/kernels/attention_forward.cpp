@@ -13,6 +13,15 @@ namespace {
 
 constexpr int64_t kRows = 96;  // a multiple of kStrip and of tile rows
 
+// Whether products of one strip of rows run between the exponentials of another: tiles do, beside the vector units.
+#if defined(HICI_PATH_AMX)
+template <class Op>
+constexpr bool kBetween = reduction<Op>::pair == 2;
+#else
+template <class Op>
+constexpr bool kBetween = false;
+#endif
+
 // Rows of a tile: enough to pay for the packing of keys, and all heads of one token at least.
 int64_t tile_rows(const AttentionProblem& problem) {
   return larger((problem.dim <= 128 ? 3 : 2) * kRows, round_up(problem.group(), kRows));
@@ -24,13 +33,22 @@ int64_t block_keys(int64_t dim) {
   return larger(64, smaller(256, 65536 / static_cast<int64_t>(sizeof(Op)) / round_up(dim, 32) / 64 * 64));
 }
 
+// Rows of a tile that meet a block of keys together.
+struct Strip {
+  int64_t first = 0, count = 0;
+  int64_t most = 0;   // keys of the block that any of them sees
+  int64_t depth = 0;  // of the product of P with V
+  int buffer = 0;     // which S and P
+};
+
 template <class Op>
 struct Scratch {
   int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block (a multiple of 32)
-  Op *q, *k, *v, *p;
-  float *s, *o, *top, *total, *alpha;
+  Op *q, *k, *v, *p[2];
+  float *s[2], *o, *top, *total, *alpha;
   const void **k_rows, **v_rows, **next_k_rows, **next_v_rows;
   int64_t* visible;
+  Strip* strips;
 
   Scratch(const AttentionProblem& problem, const ForwardSizes& sizes, Carve& carve) {
     const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows);
@@ -39,13 +57,16 @@ struct Scratch {
     q = carve.take<Op>(rows * depth);
     k = carve.take<Op>(block * depth);
     v = carve.take<Op>(block * width);
-    s = carve.take<float>(strip_rows * block);
-    p = carve.take<Op>(strip_rows * block);
+    s[0] = carve.take<float>(strip_rows * block);
+    p[0] = carve.take<Op>(strip_rows * block);
+    s[1] = kBetween<Op> ? carve.take<float>(strip_rows * block) : s[0];
+    p[1] = kBetween<Op> ? carve.take<Op>(strip_rows * block) : p[0];
     o = carve.take<float>(rows * width);
     top = carve.take<float>(round_up(rows, kLanes));
     total = carve.take<float>(round_up(rows, kLanes));
     alpha = carve.take<float>(round_up(strip_rows, kLanes));
     visible = carve.take<int64_t>(rows);
+    strips = carve.take<Strip>((rows + kRows - 1) / kRows);
     k_rows = carve.take<const void*>(block);
     v_rows = carve.take<const void*>(block);
     next_k_rows = carve.take<const void*>(block);
@@ -53,14 +74,19 @@ struct Scratch {
   }
 };
 
-// S of `rows` rows and `n` keys becomes P; row r sees its first visible[r] keys. The rows of O, top and total follow.
-template <class Op>
-void soften(const Scratch<Op>& scratch, int64_t first, int64_t rows, int64_t n, int64_t depth, float scale) {
+// S of a strip becomes P; row r sees its first visible[first + r] keys. The rows of O, top and total follow. between(r) is
+// called after each row of exponentials.
+template <class Op, class Between>
+void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const Between& between) {
+  const int64_t first = strip.first, rows = strip.count, n = strip.most, depth = strip.depth;
+  const int64_t* const visible = scratch.visible + first;
+  const float* const scores = scratch.s[strip.buffer];
+  Op* const weights = scratch.p[strip.buffer];
   float *const top = scratch.top + first, *const total = scratch.total + first, *const alpha = scratch.alpha;
   const Vec factor = splat(scale);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* const s = scratch.s + r * scratch.block;
-    const int64_t seen = smaller(scratch.visible[r], n);
+    const float* const s = scores + r * scratch.block;
+    const int64_t seen = smaller(visible[r], n);
     Vec m0 = splat(top[r]), m1 = m0;
     int64_t j = 0;
     for (; j + 2 * kLanes <= seen; j += 2 * kLanes) {
@@ -94,9 +120,9 @@ void soften(const Scratch<Op>& scratch, int64_t first, int64_t rows, int64_t n, 
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const float* const s = scratch.s + r * scratch.block;
-    Op* const p = scratch.p + r * depth;
-    const int64_t seen = smaller(scratch.visible[r], n);
+    const float* const s = scores + r * scratch.block;
+    Op* const p = weights + r * depth;
+    const int64_t seen = smaller(visible[r], n);
     const Vec shift = splat(top[r]);
     Vec sum = zeros();
     int64_t j = 0;
@@ -113,8 +139,64 @@ void soften(const Scratch<Op>& scratch, int64_t first, int64_t rows, int64_t n, 
     }
     if (j < depth) __builtin_memset(p + j, 0, (depth - j) * sizeof(Op));
     total[r] += reduce_add(sum);
+    between(r);
   }
 }
+
+// What a block of keys does to a tile's rows, strip by strip.
+template <class Op>
+class BlockOfKeys {
+ public:
+  // n keys are packed in scratch
+  BlockOfKeys(const Scratch<Op>& scratch, int64_t n, float scale)
+      : x_(scratch), columns_(round_up(n, kLanes)), depth_(round_up(n, reduction<Op>::step)), scale_(scale) {}
+
+  void meet(const Strip& strip) const {
+    gemm<false>(scores(strip));
+    soften(x_, strip, scale_, [](int64_t) {});
+    gemm<true>(values(strip));
+  }
+
+#if defined(HICI_PATH_AMX)
+  // As meet() for each strip in turn, to the same bits: while the exponentials of one are formed, tiles form the scores of
+  // the next one and add the values of the one before, evenly spread over its rows.
+  void meet_all(const Strip* strips, int64_t count) const {
+    if (count > 0) gemm<false>(scores(strips[0]));
+    for (int64_t i = 0; i < count; ++i) {
+      const Product<Op> before = values(i > 0 ? strips[i - 1] : Strip{});
+      const Product<Op> after = scores(i + 1 < count ? strips[i + 1] : Strip{});
+      TileSteps<true> first(before);
+      TileSteps<false> second(after);
+      const int64_t steps = first.count() + second.count(), rows = strips[i].count;
+      int64_t done = 0;
+      soften(x_, strips[i], scale_, [&](int64_t row) {
+        for (; done * rows < steps * (row + 1); ++done)
+          if (!first.step()) second.step();
+      });
+      gemm_rest<true>(before);
+      gemm_rest<false>(after);
+    }
+    if (count > 0) gemm<true>(values(strips[count - 1]));
+  }
+#endif
+
+ private:
+  Product<Op> scores(const Strip& strip) const {
+    return {strip.count,    smaller(columns_, round_up(strip.most, kPanel)),
+            x_.depth,       x_.q + strip.first * x_.depth,
+            x_.depth,       x_.k,
+            x_.s[strip.buffer], x_.block,
+            x_.depth};
+  }
+  Product<Op> values(const Strip& strip) const {
+    return {strip.count,    x_.width, strip.depth, x_.p[strip.buffer], strip.depth, x_.v,
+            x_.o + strip.first * x_.width, x_.width, depth_};
+  }
+
+  const Scratch<Op>& x_;
+  const int64_t columns_, depth_;
+  const float scale_;
+};
 
 template <class T>
 void finish(const AttentionProblem& problem, const AttentionSegment& segment, int64_t rank, int64_t head,
@@ -170,24 +252,24 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     // the next block's keys while values are
     pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, n);
     pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
-    const int64_t columns = round_up(n, kLanes), block_depth = round_up(n, reduction<Op>::step);
+    const BlockOfKeys<Op> block(scratch, n, problem.scale);
+    int64_t strips = 0;
     for (int64_t first = 0; first < rows; first += kRows) {
       const int64_t count = smaller(kRows, rows - first);
       int64_t most = 0;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t rank = item.rank_begin + (first + r) % tokens;
-        const int64_t seen = problem.causal ? larger(0, smaller(n, seen_keys(segment, slots, rank) - j0)) : n;
-        scratch.visible[r] = seen;
-        most = larger(most, seen);
+      for (int64_t r = first; r < first + count; ++r) {
+        const int64_t rank = item.rank_begin + r % tokens;
+        scratch.visible[r] = problem.causal ? larger(0, smaller(n, seen_keys(segment, slots, rank) - j0)) : n;
+        most = larger(most, scratch.visible[r]);
       }
       if (most == 0) continue;
-      const int64_t used = smaller(columns, round_up(most, kPanel));
-      const int64_t used_depth = round_up(most, reduction<Op>::step);
-      gemm<false>(count, used, depth, scratch.q + first * depth, depth, scratch.k, scratch.s, scratch.block);
-      soften(scratch, first, count, most, used_depth, problem.scale);
-      gemm<true>(count, width, used_depth, scratch.p, used_depth, scratch.v, scratch.o + first * width, width,
-                 block_depth);
+      const Strip strip{first, count, most, round_up(most, reduction<Op>::step), static_cast<int>(strips % 2)};
+      if constexpr (!kBetween<Op>) block.meet(strip);
+      scratch.strips[strips++] = strip;
     }
+#if defined(HICI_PATH_AMX)
+    if constexpr (kBetween<Op>) block.meet_all(scratch.strips, strips);
+#endif
     swap(k_rows, next_k_rows);
     swap(v_rows, next_v_rows);
   }

@@ -160,30 +160,95 @@ inline void panel_of(int64_t columns, int64_t m, int64_t k, const Op* a, int64_t
   }
 }
 
-// C[m, n] (+)= A[m, k] B[k, n]; n a multiple of kLanes, k of reduction<Op>::step. Between tiles_begin() and tiles_end().
+// C[m, n] (+)= A[m, k] B[k, n]; n a multiple of kLanes, k of reduction<Op>::step.
 // B may be the first whole panels, and the first k of k_total rows, of a larger packed matrix.
+template <class Op>
+struct Product {
+  int64_t m, n, k;
+  const Op* a;
+  int64_t lda;
+  const Op* b;
+  float* c;
+  int64_t ldc, k_total;
+
+  // the others are computed as on the path without tiles
+  int64_t rows_in_tiles() const {
+#if defined(HICI_PATH_AMX)
+    if (reduction<Op>::pair == 2) return m / 16 * 16;
+#endif
+    return 0;
+  }
+};
+
+#if defined(HICI_PATH_AMX)
+// The tiles of a product, one block of 2 x 2 of them a step. They work beside the vector units: steps taken between other
+// work cost little of their own, steps in a row keep only the tiles busy.
+template <bool Accumulate>
+class TileSteps {
+ public:
+  explicit TileSteps(const Product<bfloat16>& product) : p_(product), rows_(product.rows_in_tiles()) {}
+
+  int64_t count() const { return (rows_ + 31) / 32 * ((p_.n + 31) / 32); }
+  // the next one; false if there is none
+  bool step() {
+    if (rows_ == 0 || j_ >= p_.n) return false;
+    const int64_t start = j_ / kPanel * kPanel, ldb = 2 * smaller(kPanel, p_.n - start);  // elements per row of pairs
+    const bfloat16* const a = p_.a + i_ * p_.lda;
+    const bfloat16* const b = p_.b + start * p_.k_total + 2 * (j_ - start);
+    float* const c = p_.c + i_ * p_.ldc + j_;
+    const bool tall = i_ + 32 <= rows_, wide = j_ + 32 <= p_.n;
+    if (tall && wide)
+      tile_block<2, 2, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
+    else if (tall)
+      tile_block<2, 1, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
+    else if (wide)
+      tile_block<1, 2, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
+    else
+      tile_block<1, 1, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
+    i_ += 32;
+    if (i_ >= rows_) i_ = 0, j_ += 32;
+    return true;
+  }
+
+ private:
+  const Product<bfloat16> p_;
+  const int64_t rows_;
+  int64_t i_ = 0, j_ = 0;
+};
+#endif
+
+// The rows that are not in tiles.
+template <bool Accumulate, class Op>
+inline void gemm_rest(const Product<Op>& p) {
+  const int64_t done = p.rows_in_tiles();
+  if (done == p.m) return;
+  for (int64_t j = 0; j < p.n; j += kPanel)
+    panel_of<Accumulate>(smaller(kPanel, p.n - j), p.m - done, p.k, p.a + done * p.lda, p.lda, p.b + j * p.k_total,
+                         p.c + done * p.ldc + j, p.ldc);
+}
+
+// Between tiles_begin() and tiles_end().
+template <bool Accumulate, class Op>
+inline void gemm(const Product<Op>& p) {
+#if defined(HICI_PATH_AMX)
+  if constexpr (reduction<Op>::pair == 2) {
+    TileSteps<Accumulate> steps(p);
+    while (steps.step()) {
+    }
+  }
+#endif
+  gemm_rest<Accumulate>(p);
+}
+
 template <bool Accumulate, class Op>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc,
                  int64_t k_total) {
-  for (int64_t j = 0; j < n; j += kPanel, b += kPanel * k_total, c += kPanel) {
-    const int64_t columns = smaller(kPanel, n - j);
-    if constexpr (reduction<Op>::pair == 2) {
-      int64_t done = 0;
-#if defined(HICI_PATH_AMX)
-      done = m / 16 * 16;
-      tile_panel<Accumulate>(done, columns, k, a, lda, b, c, ldc);
-      if (done == m) continue;
-#endif
-      panel_of<Accumulate>(columns, m - done, k, a + done * lda, lda, b, c + done * ldc, ldc);
-    } else {
-      panel_of<Accumulate>(columns, m, k, a, lda, b, c, ldc);
-    }
-  }
+  gemm<Accumulate>(Product<Op>{m, n, k, a, lda, b, c, ldc, k_total});
 }
 
 template <bool Accumulate, class Op>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc) {
-  gemm<Accumulate>(m, n, k, a, lda, b, c, ldc, k);
+  gemm<Accumulate>(Product<Op>{m, n, k, a, lda, b, c, ldc, k});
 }
 
 // sum_k A(k, j) B(k, j) for every column j of two packed matrices, added in the order in which gemm adds: where a row of

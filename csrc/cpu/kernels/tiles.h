@@ -118,27 +118,4 @@ inline void tile_block(int64_t k, const bfloat16* a, int64_t lda, const bfloat16
   if constexpr (ROWS == 2 && COLUMNS == 2) tile_store<3>(c + 16 * ldc + 16, c_row);
 }
 
-// One panel of gemm.h: m and n multiples of 16, k of 32.
-template <bool Accumulate>
-inline void tile_panel(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, float* c,
-                       int64_t ldc) {
-  const int64_t ldb = 2 * n;  // elements per row of pairs
-  for (int64_t j = 0; j < n; j += 32) {
-    const bool wide = j + 32 <= n;
-    int64_t i = 0;
-    for (; i + 32 <= m; i += 32) {
-      if (wide)
-        tile_block<2, 2, Accumulate>(k, a + i * lda, lda, b + 2 * j, ldb, c + i * ldc + j, ldc);
-      else
-        tile_block<2, 1, Accumulate>(k, a + i * lda, lda, b + 2 * j, ldb, c + i * ldc + j, ldc);
-    }
-    if (i < m) {
-      if (wide)
-        tile_block<1, 2, Accumulate>(k, a + i * lda, lda, b + 2 * j, ldb, c + i * ldc + j, ldc);
-      else
-        tile_block<1, 1, Accumulate>(k, a + i * lda, lda, b + 2 * j, ldb, c + i * ldc + j, ldc);
-    }
-  }
-}
-
 }  // namespace hici::cpu::HICI_PATH
