@@ -31,14 +31,6 @@ inline Vec vec_of(const double* p) {
 #endif
 }
 
-inline Wide fused(Wide a, Wide b, Wide c) {
-#if defined(HICI_PATH_AVX512)
-  return _mm512_fmadd_pd(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 inline double sum_of(Wide v) {
   alignas(64) double x[kWideLanes];
   put(x, v);

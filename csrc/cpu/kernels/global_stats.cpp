@@ -104,6 +104,29 @@ struct Kernel {
     }
   }
 
+  // Sums of R values as trees: a chain would be waited for.
+  template <int R>
+  __attribute__((always_inline)) static inline V sum_of(const V* d) {
+    V part[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) part[r] = d[r];
+#pragma GCC unroll 4
+    for (int half = R / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+      for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
+    return part[0];
+  }
+  template <int R>
+  __attribute__((always_inline)) static inline V spread_about(const V* d, V own) {
+    V part[R / 2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R / 2; ++r) {
+      const V e = d[r] - own, f = d[r + R / 2] - own;
+      part[r] = fused(f, f, e * e);
+    }
+    return sum_of<R / 2>(part);
+  }
+
   // R rows, kept in registers between the two sweeps.
   template <int R, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
@@ -129,19 +152,9 @@ struct Kernel {
       V part[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) part[r] = d[r][u];
-#pragma GCC unroll 4
-      for (int half = R / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-        for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
-      bad = bad + part[0];
-      const V own = part[0] * w.own;
-      V even = all(Acc(0)), odd = even;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const V e = d[r][u] - own;
-        (r % 2 ? odd : even) = (r % 2 ? odd : even) + e * e;
-      }
-      join(planes, c + u * L, w, own, even + odd);
+      const V sum = sum_of<R>(part), own = sum * w.own;
+      bad = bad + sum;
+      join(planes, c + u * L, w, own, spread_about<R>(part, own));
       put(planes.top + c + u * L, top[u]);
       put(planes.low + c + u * L, low[u]);
     }
@@ -168,31 +181,20 @@ struct Kernel {
         low = lower(d[r], low);
       }
       const V shift = sum * w.own;
-      V part[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) part[r] = d[r] = d[r] - shift;
-#pragma GCC unroll 4
-      for (int half = R / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-        for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
-      const V own = part[0] * w.own;
-      V even = all(Acc(0)), odd = even;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const V e = d[r] - own;
-        (r % 2 ? odd : even) = (r % 2 ? odd : even) + e * e;
-      }
+      for (int r = 0; r < R; ++r) d[r] = d[r] - shift;
+      const V total = sum_of<R>(d), own = total * w.own;
       const int64_t at = c + u * L;
       put(planes.shift + at, shift);
       put(planes.mean + at, own);
-      put(planes.squares + at, even + odd);
+      put(planes.squares + at, spread_about<R>(d, own));
       if (planes.mean_excess) {
         put(planes.mean_excess + at, all(Acc(0)));
         put(planes.squares_excess + at, all(Acc(0)));
       }
       put(planes.top + at, top);
       put(planes.low + at, low);
-      if (__builtin_expect(any(is_nan(part[0])), 0))
+      if (__builtin_expect(any(is_nan(total)), 0))
         spoil(x + at, stride, R, planes.top + at, planes.low + at, tail);
     }
   }

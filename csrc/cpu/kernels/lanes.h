@@ -36,6 +36,8 @@ inline Wide quotient(Wide x, Wide by, Wide inverse) {
   const Wide q = _mm512_mul_pd(x, inverse);
   return _mm512_fmadd_pd(_mm512_fnmadd_pd(q, by, x), inverse, q);
 }
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Wide fused(Wide a, Wide b, Wide c) { return _mm512_fmadd_pd(a, b, c); }
 inline Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Mask greater(Wide a, Wide b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 inline Mask at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
@@ -102,6 +104,8 @@ inline Vec higher(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Wide higher(Wide a, Wide b) { return _mm256_max_pd(a, b); }
 inline Vec lower(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Wide lower(Wide a, Wide b) { return _mm256_min_pd(a, b); }
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Wide fused(Wide a, Wide b, Wide c) { return _mm256_fmadd_pd(a, b, c); }
 inline Vec root(Vec v) { return _mm256_sqrt_ps(v); }
 inline Wide root(Wide v) { return _mm256_sqrt_pd(v); }
 inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
@@ -120,6 +124,10 @@ inline V higher(V a, V b) {
 template <class V>
 inline V lower(V a, V b) {
   return a < b ? a : b;
+}
+template <class V>
+inline V fused(V a, V b, V c) {
+  return a * b + c;
 }
 inline Vec root(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
@@ -254,7 +262,7 @@ struct Count {
   static constexpr int value = N;
 };
 template <int Many, class Acc, class Body>
-inline void each_vector(int64_t n, Body&& body) {
+__attribute__((always_inline)) inline void each_vector(int64_t n, Body&& body) {
   constexpr int L = lanes<Acc>::count;
   int64_t c = 0;
   if (Many > 1)
