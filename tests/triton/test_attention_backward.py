@@ -272,7 +272,7 @@ def test_fuzz(seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31))
 def test_fuzz_at_length(seed):
     fuzz(seed)

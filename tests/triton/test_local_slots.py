@@ -138,9 +138,8 @@ def test_cases_are_cut_as_their_names_say():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_low_precision_everywhere(name, dtype, seed):
-    Case(*CASES[name], **MORE.get(name, {}), dtype=dtype, seed=seed).check()
+def test_low_precision_everywhere(name, dtype):
+    Case(*CASES[name], **MORE.get(name, {}), dtype=dtype, seed=1).check()
 
 
 def random_case(seed, draw):
@@ -166,7 +165,7 @@ def random_case(seed, draw):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_shapes(seed):
     """In the usual draw: of the few numbers of a tiny shape the plain computation's largest error may be lucky."""
     assert_usually_within(lambda i: random_case(seed, i).ratios()[2], f"seed {seed}")
