@@ -184,9 +184,9 @@ void by_queries(const Context<T>& c, bool kept, const Normalised& facts) {
     const int64_t head = item.kv_head * problem.group() + h;
     for (int64_t i0 = 0; i0 < blocks.count(); i0 += kAhead) {
       const int64_t i1 = smaller(i0 + kAhead, blocks.count());
-      const int64_t rank_end = blocks.rank(i1 - 1) + blocks.size(i1 - 1);
-      const int64_t seen = problem.causal ? smaller(item.key_end, seen_keys(c.segment, c.slots, rank_end - 1)) : item.key_end;
-      const int64_t dq_size = x.dim * x.query_block;
+      const int64_t last = blocks.rank(i1 - 1) + blocks.size(i1 - 1) - 1, dq_size = x.dim * x.query_block;
+      int64_t seen = item.key_end;
+      if (problem.causal) seen = smaller(seen, seen_keys(c.segment, c.slots, last));
       const bool dq_in_parts = grouped<Op> && seen > kTogether * step;
       const auto of = [&](int64_t i) { return x.at(problem, i - i0); };
       // run(i, block of keys, its first key, keys, first query's rank, queries)

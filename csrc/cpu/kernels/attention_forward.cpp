@@ -182,15 +182,13 @@ class BlockOfKeys {
 
  private:
   Product<Op> scores(const Strip& strip) const {
-    return {strip.count,    smaller(columns_, round_up(strip.most, kPanel)),
-            x_.depth,       x_.q + strip.first * x_.depth,
-            x_.depth,       x_.k,
-            x_.s[strip.buffer], x_.block,
-            x_.depth};
+    const int64_t columns = smaller(columns_, round_up(strip.most, kPanel));
+    const Op* const rows = x_.q + strip.first * x_.depth;
+    return {strip.count, columns, x_.depth, rows, x_.depth, x_.k, x_.s[strip.buffer], x_.block, x_.depth};
   }
   Product<Op> values(const Strip& strip) const {
-    return {strip.count,    x_.width, strip.depth, x_.p[strip.buffer], strip.depth, x_.v,
-            x_.o + strip.first * x_.width, x_.width, depth_};
+    float* const rows = x_.o + strip.first * x_.width;
+    return {strip.count, x_.width, strip.depth, x_.p[strip.buffer], strip.depth, x_.v, rows, x_.width, depth_};
   }
 
   const Scratch<Op>& x_;
