@@ -426,7 +426,7 @@ def assert_usual_everywhere(tensors: dict[str, Tensor], options: dict[str, Any],
 
 @pytest.mark.parametrize("t", [64, pytest.param(600, marks=pytest.mark.slow)])
 def test_more_keys_than_scores_are_kept_of(t: int) -> None:
-    """Gradients of long segments: of few queries in one item (64), of more in items for queries, then items for keys."""
+    """Gradients of long segments: of few queries in one item (64), of more in items for queries, then for keys."""
     tensors = {"q": torch.empty(1, t, 2, 8)} | {name: torch.empty(1, 17000, 1, 8) for name in "kv"}
     assert_usual_everywhere(tensors, {}, 2 if t < 600 else 5)
 
