@@ -27,7 +27,7 @@ fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 slow: $(STAMP)
-	$(PYTEST) -m slow $(if $(WHEEL),--wheel $(WHEEL))
+	$(PYTEST) -m slow $(if $(WHEEL),--wheel=$(WHEEL))
 
 # every kernel configuration for every target, without a GPU; what the committed report proves is not compiled again
 aot: $(STAMP)
