@@ -163,8 +163,8 @@ def test_one_configuration_of_every_kernel_compiles_for_every_target(tmp_path: P
         again = [r for r in records if r["arch"] == fresh]
         assert again
         for record in again:
-            before = known[record["key"]]
-            assert {**record, "seconds": 0} == {**before, "seconds": 0, "tables": record["tables"]}
+            for name in set(run.RESULTS) - {"seconds"}:
+                assert record.get(name) == known[record["key"]].get(name), (run.title(record), name)
 
 
 @pytest.mark.slow
