@@ -77,7 +77,7 @@ struct Scratch {
   float *s, *dp;  // blocks of Scores
   const void **k_rows, **v_rows, **q_rows, **do_rows, **o_rows;
   float *dk, *dv;            // of all keys of the item
-  float *dk_part, *dv_part;  // over kTogether blocks of queries; of one block of keys, or of all that are kept
+  float *dk_part, *dv_part;  // over kTogether blocks of queries; of a block of keys, in by_queries of all
   char* queries;             // blocks of Queries
   int64_t queries_size;
 

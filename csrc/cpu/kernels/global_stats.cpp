@@ -24,9 +24,10 @@
 //     (its rows are their own shift), means read back from the result, and no division per element 12.8 and 16.7; without
 //     the prefetch 11.3 and 15.1 (bfloat16 12.2 and 14.7). Leaving out square roots or the norm changes nothing: the
 //     causal form is bound by writing its 320 KB.
-//   - the same on a Zen 4, whole call, fastest of 25 windows: 28.4 us shared, 33.5 causal; with sums as trees, fused squares
-//     and the loop inlined where its pointers are known 25.6 and 31.4, of which 7 are the way through Python. Smaller
-//     blocks and the prefetch change nothing. By llvm-mca the loop is 5.1 cycles a vector and row there, 11 us of 3.66 GHz.
+//   - the same on a Zen 4, whole call, fastest of 25 windows of a loop not kept: 28.4 us shared, 33.5 causal; with sums as
+//     trees, fused squares and the loop inlined where its pointers are known 25.6 and 31.4, of which 7 are the way through
+//     Python. Smaller blocks and the prefetch change nothing. By llvm-mca (-mcpu=znver4) the loop takes 5.1 cycles a
+//     vector and row, 11 us at 3.66 GHz.
 #include "../global_stats.h"
 
 #include "lanes.h"
