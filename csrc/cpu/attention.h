@@ -129,7 +129,8 @@ struct BackwardSizes {
   bool anew = false;  // facts are formed from scores, in segments of more than kExactKeys keys
 };
 
-// Facts of a query: weights are exp(score - shift) * factor, delta = sum_j P dP. All [batch, heads, queries].
+// Facts of a query: weights are exp(score - shift) * factor, delta = sum_j P dP. All [batch, heads, queries]. A shift with a
+// factor comes from Normalised, in whatever units the path has for it.
 struct BackwardInput {
   Sequence4 grad_out;
   const float* grad_lse;

@@ -2,7 +2,7 @@
 // come out as rows of keys: the left operands of dV += P^T dO and dK += dS^T Q as they stand. lse and delta then run
 // along the lanes of a vector.
 //
-//   S^T = K Q^T    P = exp(scale S - m) / l    dP^T = V dO^T    dS = P (dP - delta)    delta = dO . O - grad_lse
+//   S^T = K Q^T    P = e^(scale S - m) / l    dP^T = V dO^T    dS = P (dP - delta)    delta = dO . O - grad_lse
 //   dV += P^T dO   dK += scale dS^T Q        dQ^T += scale K^T dS^T
 //
 // An item takes its query heads one after the other. Sums over queries (dK, dV) and over keys (dQ^T) stay in scratch, added

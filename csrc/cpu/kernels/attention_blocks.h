@@ -199,7 +199,7 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
   }
   for (int64_t t = 0; t < n; ++t) {
     const int64_t at = fact_at(c, head, rank0 + t);
-    to.shift[t] = c.input.shift[at];
+    to.shift[t] = c.input.factor ? c.input.shift[at] : Weights<typename operand<T>::type>::top_of(c.input.shift[at]);
     to.factor[t] = c.input.factor ? c.input.factor[at] : 1.0f;
     if (c.input.delta && !c.all_keys) to.delta[t] = c.input.delta[at];
     to.delta[t] -= c.input.grad_lse[at];
@@ -212,7 +212,7 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
 template <class Op>
 void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
            int64_t first, float scale) {
-  const Vec factor = splat(scale);
+  const Vec factor = splat(Weights<Op>::factor_of(scale));
   const int64_t ld = x.query_block;
   for (int64_t i = 0; i < keys; ++i) {
     const float *const s = from.s + i * ld, *const dp = from.dp + i * ld;
@@ -224,7 +224,7 @@ void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int6
       narrow(ds + t, zeros());
     }
     for (; t < columns; t += kLanes) {
-      Vec weight = mul(exp(sub(mul(load(s + t), factor), load(of.shift + t))), load(of.factor + t));
+      Vec weight = mul(weight_of<Op>(load(s + t), factor, load(of.shift + t)), load(of.factor + t));
       Vec slope = mul(weight, sub(load(dp + t), load(of.delta + t)));
       if (t < hidden) {
         weight = keep_first(hidden - t, zeros(), weight);
@@ -257,7 +257,7 @@ struct RowSum {
 template <class Op>
 void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
                int64_t first, float scale) {
-  const Vec factor = splat(scale), least = splat(-__builtin_inff());
+  const Vec factor = splat(Weights<Op>::factor_of(scale)), least = splat(-__builtin_inff());
   const int64_t ld = x.query_block;
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
@@ -267,7 +267,7 @@ void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, 
     RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
       float* const s = from.s + i * ld + t;
-      const Vec weight = seen(i, exp(sub(mul(load(s), factor), top)), zeros());
+      const Vec weight = seen(i, weight_of<Op>(load(s), factor, top), zeros());
       sum.add_row(i, weight);
       store(s, weight);
     }
@@ -307,7 +307,7 @@ void open_facts(const Queries<Op>& of) {
 template <class Op>
 void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t keys, int64_t columns, int64_t first,
                float scale) {
-  const Vec least = splat(-__builtin_inff()), by = splat(scale);
+  const Vec least = splat(-__builtin_inff()), by = splat(Weights<Op>::factor_of(scale));
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
     const Vec before = load(of.shift + t);
@@ -315,11 +315,11 @@ void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t ke
     for (int64_t i = 0; i < keys; ++i) top = max(top, seen(i, mul(load(from.s + i * ld + t), by), top));
     RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
-      const Vec weight = seen(i, exp(sub(mul(load(from.s + i * ld + t), by), top)), zeros());
+      const Vec weight = seen(i, weight_of<Op>(load(from.s + i * ld + t), by, top), zeros());
       sum.add_row(i, weight);
       dot.add_row(i, mul(weight, load(from.dp + i * ld + t)));
     }
-    const Vec kept = where_equal(before, least, zeros(), exp(sub(before, top)));
+    const Vec kept = where_equal(before, least, zeros(), Weights<Op>::power(sub(before, top)));
     for (float* const part : {of.factor, of.delta, of.lost[0], of.lost[1]})
       store(part + t, mul(load(part + t), kept));
     add_exactly(of.factor + t, of.lost[0] + t, sum.total());

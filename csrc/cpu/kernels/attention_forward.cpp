@@ -1,8 +1,8 @@
 // attention, forward. Online softmax over blocks of keys; the query heads of a kv head are rows of one tile, so a block
 // of keys and values is packed once for all of them.
 //
-// Per block of keys: scores S = Q K^T (gemm), then per row the new maximum m, P = exp(scale S - m), and O = O * alpha +
-// P V (gemm). Rows are processed kRows at a time so that S and P stay near the core.
+// Per block of keys: scores S = Q K^T (gemm), then per row the new maximum m, P = e^(scale S - m), and O = O * alpha + P V
+// (gemm). Rows are processed kRows at a time so that S and P stay near the core.
 
 #include "../attention.h"
 #include "attention_rows.h"
@@ -74,6 +74,22 @@ struct Scratch {
   }
 };
 
+// The largest of n > 0 scores, or the smallest.
+template <bool Largest>
+inline float extreme(const float* s, int64_t n) {
+  constexpr int kChains = 4;  // a maximum waits for the one before
+  const Vec none = splat(Largest ? -__builtin_inff() : __builtin_inff());
+  const auto better = [](Vec a, Vec b) { return Largest ? max(a, b) : min(a, b); };
+  Vec m[kChains] = {none, none, none, none};
+  int64_t j = 0;
+  for (; j + kChains * kLanes <= n; j += kChains * kLanes)
+    for (int i = 0; i < kChains; ++i) m[i] = better(m[i], load(s + j + i * kLanes));
+  for (; j + kLanes <= n; j += kLanes) m[0] = better(m[0], load(s + j));
+  if (j < n) m[1] = better(m[1], keep_first(n - j, load(s + j), none));
+  const Vec all = better(better(m[0], m[1]), better(m[2], m[3]));
+  return Largest ? reduce_max(all) : reduce_min(all);
+}
+
 // S of a strip becomes P; row r sees its first visible[first + r] keys. The rows of O, top and total follow. between(r) is
 // called after each row of exponentials.
 template <class Op, class Between>
@@ -83,22 +99,16 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
   const float* const scores = scratch.s[strip.buffer];
   Op* const weights = scratch.p[strip.buffer];
   float *const top = scratch.top + first, *const total = scratch.total + first, *const alpha = scratch.alpha;
-  const Vec factor = splat(scale);
+  const float by = Weights<Op>::factor_of(scale);
+  const Vec factor = splat(by);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* const s = scores + r * scratch.block;
     const int64_t seen = smaller(visible[r], n);
-    Vec m0 = splat(top[r]), m1 = m0;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= seen; j += 2 * kLanes) {
-      m0 = max(m0, mul(load(s + j), factor));
-      m1 = max(m1, mul(load(s + j + kLanes), factor));
-    }
-    for (; j < seen; j += kLanes) {
-      const int64_t there = smaller(kLanes, seen - j);
-      const Vec x = mul(load(s + j), factor);
-      m0 = max(m0, there == kLanes ? x : keep_first(there, x, m0));
-    }
-    alpha[r] = reduce_max(max(m0, m1));
+    alpha[r] = top[r];
+    if (seen == 0) continue;
+    const float* const s = scores + r * scratch.block;
+    // the largest product is that of the largest score, or of the smallest
+    const float most = by >= 0 ? extreme<true>(s, seen) * by : extreme<false>(s, seen) * by;
+    if (!(most < top[r])) alpha[r] = most;
   }
   for (int64_t r = rows; r < round_up(rows, kLanes); ++r) alpha[r] = -__builtin_inff();
   bool moved = false;
@@ -106,7 +116,7 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
     const Vec before = load(top + r), after = load(alpha + r), one = splat(1.0f);
     store(top + r, after);
     // a row that has seen nothing yet: its sums are 0, and -inf - -inf is not a number
-    const Vec kept = where_equal(before, splat(-__builtin_inff()), one, exp(sub(before, after)));
+    const Vec kept = where_equal(before, splat(-__builtin_inff()), one, Weights<Op>::power(sub(before, after)));
     store(alpha + r, kept);
     moved |= any_differs(kept, one);
   }
@@ -127,12 +137,12 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
     Vec sum = zeros();
     int64_t j = 0;
     for (; j + kLanes <= seen; j += kLanes) {
-      const Vec weight = exp(sub(mul(load(s + j), factor), shift));
+      const Vec weight = weight_of<Op>(load(s + j), factor, shift);
       sum = add(sum, weight);
       narrow(p + j, weight);
     }
     if (j < seen) {
-      const Vec weight = keep_first(seen - j, exp(sub(mul(load(s + j), factor), shift)), zeros());
+      const Vec weight = keep_first(seen - j, weight_of<Op>(load(s + j), factor, shift), zeros());
       sum = add(sum, weight);
       narrow_part(p + j, weight, smaller(kLanes, depth - j));
       j += kLanes;
@@ -198,7 +208,7 @@ class BlockOfKeys {
 
 template <class T>
 void finish(const AttentionProblem& problem, const AttentionSegment& segment, int64_t rank, int64_t head,
-            const float* o, float total, float top, const ForwardOutput& output) {
+            const float* o, float total, double level, const ForwardOutput& output) {
   const int64_t b = segment.batch, dim = problem.dim;
   const int64_t query = problem.column(b, rank) - (problem.keys - problem.queries);
   T* const out = static_cast<T*>(output.out) + ((b * problem.queries + query) * problem.heads + head) * dim;
@@ -208,7 +218,7 @@ void finish(const AttentionProblem& problem, const AttentionSegment& segment, in
   for (; d + kLanes <= dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
   if (d < dim) narrow_part(out + d, div(load(o + d), weight), dim - d);
   // in double: the sum of a large maximum and a small logarithm is rounded once
-  const double lse = static_cast<double>(top) + __builtin_log(static_cast<double>(total));
+  const double lse = level + __builtin_log(static_cast<double>(total));
   output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
 }
 
@@ -277,13 +287,13 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     float* to = output.partials + item.partial * sizes.rows * (width + 2);
     for (int64_t r = 0; r < rows; ++r, to += width + 2) {
       __builtin_memcpy(to, scratch.o + r * width, width * sizeof(float));
-      to[width] = scratch.total[r], to[width + 1] = scratch.top[r];
+      to[width] = scratch.total[r], to[width + 1] = static_cast<float>(Weights<Op>::level_of(scratch.top[r]));
     }
     return;
   }
   for (int64_t r = 0; r < rows; ++r)
     finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, scratch.o + r * width,
-              scratch.total[r], scratch.top[r], output);
+              scratch.total[r], Weights<Op>::level_of(scratch.top[r]), output);
 }
 
 template <class T>
