@@ -15,9 +15,12 @@ namespace {
 constexpr double kNormFloor = 1e-6;
 
 // How work is cut: by shape alone.
-constexpr int64_t kBlock = 512;      // channels: the state of a block and a piece of rows lie in the first-level cache
+constexpr int64_t kBlock = 512;      // channels, of what is in cache: the state of a block lies in the first-level cache
+constexpr int64_t kWide = 8 << 10;   // bytes of a row, of what is not: shorter ones leave memory waiting
 constexpr int64_t kNarrow = 128;     // fewest channels of a block
-constexpr int64_t kShort = 16;       // pieces merged without keeping what rounding adds
+// Pieces merged without keeping what rounding adds, 2^-25 each at most: an eighth of what the element type rounds away.
+template <class T>
+constexpr int64_t kShort = std::is_same_v<T, bfloat16> ? 1 << 13 : std::is_same_v<T, float16> ? 1 << 10 : 16;
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
 constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
@@ -87,7 +90,7 @@ class Call {
     const int64_t total = p.batch * p.segments * segment_bytes;
     threads = total / static_cast<int64_t>(sizeof(T)) < kWorthThreads ? Execution{} : execution;
     near = total <= kNear;
-    block = kBlock;
+    block = near ? kBlock : kWide / static_cast<int64_t>(sizeof(T));
     if (p.causal && total >= kLeast)
       while (block > kNarrow && divide_up(p.channels, block) * static_cast<int64_t>(all.size()) < 16) block /= 2;
     blocks = divide_up(p.channels, block);
@@ -96,7 +99,7 @@ class Call {
     ld = divide_up(widest, 16) * 16 + 16;
     int64_t longest = 0;
     for (const Sequence& s : all) longest = std::max(longest, s.stop - s.start);
-    careful = longest * divide_up(p.slots, kStatsPiece) > kShort;
+    careful = longest * divide_up(p.slots, kStatsPiece) > kShort<T>;
   }
 
   int64_t width(int64_t b) const { return std::min(block, p.channels - b * block); }

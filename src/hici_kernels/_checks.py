@@ -46,6 +46,18 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def device(name: str, value: Any) -> torch.device:
+    """The device that ``value`` names on this machine, with its index ("cuda" = the current one)."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or a str, got {type(value).__name__} {value!r}")
+    try:
+        return torch.empty(0, device=value).device
+    # AssertionError: a build of torch without that kind of device; NotImplementedError is a RuntimeError
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} must be a device of this machine, got {str(value)!r}: {reason}") from error
+
+
 def tensor(name: str, value: Any, layout: str) -> None:
     """A tensor whose number of dimensions is that of ``layout``, e.g. "B, S, H, D"."""
     if not isinstance(value, Tensor):
@@ -186,11 +198,23 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return tensors
-    kind = next((t.device.type for t in tensors if isinstance(t, Tensor)), None)
-    if kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
+    target = _autocast_target(next((t.device.type for t in tensors if isinstance(t, Tensor)), None))
+    if target is None:
         return tensors
-    target = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(target) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+    return tuple(t.to(target) if isinstance(t, Tensor) and _is_cast(t) else t for t in tensors)
+
+
+def dtype_under_autocast(x: Tensor) -> torch.dtype:
+    """The dtype that :func:`autocast` would give ``x``."""
+    target = _autocast_target(x.device.type)
+    return x.dtype if target is None or not _is_cast(x) else target
+
+
+def _autocast_target(kind: str | None) -> torch.dtype | None:
+    if kind not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _is_cast(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64

@@ -16,6 +16,11 @@ LEAK_FREE_MODES = ("causal_shift", "causal_shift_g")
 ConfigT = TypeVar("ConfigT", bound="_Config")
 
 
+class _ByContext(str):
+    """The value that ``cut`` has where none was given: text like any other, but a constructor that gets it (from
+    dataclasses.replace, which passes on what it reads) chooses anew."""
+
+
 @dataclass(frozen=True)
 class _Config:
     def to_dict(self) -> dict[str, Any]:
@@ -73,8 +78,10 @@ class HiCIConfig(_Config):
         empty: a segment without tokens: "skip" = it has no slots, is left out of G and is passed over by "previous
             segment"; "zero" / "uniform" = its slots are what the published Flash / Multi constructors give.
         cut: "index" = segments count columns, padding included (published); "token" = they count a row's own tokens,
-            so a row of a padded batch equals the row alone. Default "index", and "token" with decode="segment" and in
-            models changed by :func:`apply_hici`.
+            so a row of a padded batch equals the row alone. None = by context: "token" with decode="segment" and in
+            models changed by :func:`apply_hici`, else "index". ``config.cut`` reads as that value. dataclasses.replace,
+            copies, to_dict (None there) and saved files keep that none was given, and such a configuration differs
+            from one that was given the same value, because apply_hici treats them differently.
         decode: tokens after the prefill: "full" = full attention over all cached tokens, no slots (published);
             "slots" = the same, with G and all local slots of the prompt kept in the cache; "segment" = the training
             semantics continued. "segment" needs segment_len and a leak-free mode.
@@ -114,9 +121,8 @@ class HiCIConfig(_Config):
         _checks.choice("single_segment", self.single_segment, ("on", "off"))
         _checks.choice("empty", self.empty, ("skip", "zero", "uniform"))
         _checks.choice("decode", self.decode, ("full", "segment", "slots"))
-        object.__setattr__(self, "_cut_given", self.cut is not None)
-        if self.cut is None:
-            object.__setattr__(self, "cut", "token" if self.decode == "segment" else "index")
+        if self.cut is None or isinstance(self.cut, _ByContext):
+            object.__setattr__(self, "cut", _ByContext("token" if self.decode == "segment" else "index"))
         _checks.choice("cut", self.cut, ("index", "token"))
         if self.bottleneck_dim is not None and self.bottleneck_dim % self.num_heads:
             raise ValueError(
@@ -142,9 +148,26 @@ class HiCIConfig(_Config):
                     f"{self.context_mode!r}: its slots need tokens that have not been decoded yet"
                 )
 
-    def with_default_cut(self, cut: str) -> HiCIConfig:
-        """This configuration, with ``cut`` where its constructor was given none."""
-        return self if vars(self)["_cut_given"] else dataclasses.replace(self, cut=cut)
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, HiCIConfig) or type(self) is not type(other):
+            return NotImplemented
+        return vars(self) == vars(other) and type(self.cut) is type(other.cut)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON types; ``cut`` is None where none was given."""
+        return super().to_dict() | ({"cut": None} if isinstance(self.cut, _ByContext) else {})
+
+    def with_default_cut(self, cut: str | None = None) -> HiCIConfig:
+        """This configuration, with ``cut`` (None = the one it reads as) stated where its constructor was given none."""
+        if not isinstance(self.cut, _ByContext):
+            return self
+        # str: what another configuration reads as may itself be a default
+        return dataclasses.replace(self, cut=str(self.cut if cut is None else cut))
 
     @property
     def integrator_dim(self) -> int:

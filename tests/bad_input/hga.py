@@ -297,6 +297,12 @@ CASES = [
     ),
     ("HGAAttention: cache a dict", forward(cache={}), TypeError, "cache must be a KVStore"),
     ("HGAAttention: cache of another config", forward(cache=make(HGAConfig())), ValueError, "cache was made for"),
+    (
+        "HGAAttention: cache of another dtype",
+        forward(cache=make(dtype=torch.bfloat16)),
+        TypeError,
+        "cache has dtype torch.bfloat16, expected torch.float32",
+    ),
     ("HGAAttention: cache of another batch", forward(cache=make(batch=3)), ValueError, "cache has batch 3"),
     ("HGAAttention: cache of fewer layers", forward(layer={"layer_idx": 2}, cache=make()), ValueError, "cache has 2"),
 ]

@@ -11,6 +11,7 @@ SMALL = {"num_local_slots": 2, "global_slots": 2, "num_heads": 2, "bottleneck_di
 Q, K = torch.zeros(2, 9, 4, 8), torch.zeros(2, 9, 2, 8)
 LOCAL, SHARED = torch.zeros(2, 3, 5, 2, 8), torch.zeros(2, 3, 2, 8)
 HIDDEN = torch.zeros(2, 9, 8)
+LOCALS = torch.zeros(1, 3, 2, 8)
 SLOTS = {
     "hidden": HIDDEN,
     "slot_queries": torch.zeros(3, 4),
@@ -34,6 +35,14 @@ def packed(cu, **options):
 def slots(**changes):
     arguments = {**SLOTS, "num_heads": 2, **changes}
     return lambda: local_slots(**arguments)
+
+
+def construct(hidden=HIDDEN, *arguments, **options):
+    return lambda: LocalConstructor(8, 2, 2, 4)(hidden, *arguments, **options)
+
+
+def integrate(local=LOCALS, **options):
+    return lambda: GlobalIntegrator(8, 2, 2, 4, 2)(local, **options)
 
 
 def config(**fields):
@@ -214,14 +223,34 @@ CONFIG = [
 ]
 
 MODULES = [
-    ("constructor-heads", lambda: LocalConstructor(8, 2, 3, 4), ValueError, r"num_heads must divide"),
+    ("constructor-heads", lambda: LocalConstructor(8, 2, 4, 6), ValueError, r"num_heads must divide bottleneck_dim 6"),
+    (
+        "constructor-heads-hidden",
+        lambda: LocalConstructor(15, 3, 2, 8),
+        ValueError,
+        r"num_heads must divide hidden_size 15, got 2",
+    ),
     ("constructor-hidden-zero", lambda: LocalConstructor(0), ValueError, r"hidden_size must be at least 1"),
     (
         "constructor-input",
         lambda: LocalConstructor(8, 2, 2, 4)(HIDDEN[..., :5]),
         ValueError,
-        r"k_weight must be|hidden must be",
+        r"hidden must be \[B, S, hidden_size\] = \[2, 9, 8\], got \[2, 9, 5\]",
     ),
+    ("constructor-2d", construct(HIDDEN[0]), ValueError, r"hidden must be \[B, S, H\]"),
+    ("constructor-list", construct([1.0]), TypeError, r"hidden must be a tensor \[B, S, H\], got list"),
+    (
+        "constructor-dtype",
+        construct(HIDDEN.double()),
+        TypeError,
+        r"hidden has dtype torch.float64, expected torch.float32",
+    ),
+    ("constructor-int", construct(HIDDEN.long()), TypeError, r"hidden must be float32"),
+    ("constructor-device", construct(HIDDEN.to("meta")), ValueError, r"hidden is on meta, expected cpu"),
+    ("constructor-mask", construct(HIDDEN, torch.ones(2, 8)), ValueError, r"attention_mask must be \[B, S\]"),
+    ("constructor-segment-len", construct(segment_len=0), ValueError, r"segment_len must be at least 1, got 0"),
+    ("constructor-packed", construct(cu_seqlens=ints(0, 9)), ValueError, r"cu_seqlens needs batch 1"),
+    ("constructor-total", construct(total_segments=2), ValueError, r"total_segments must be 1 here, got 2"),
     ("constructor-empty", lambda: LocalConstructor(8, empty="skip"), ValueError, r"empty must be one of"),
     ("integrator-heads", lambda: GlobalIntegrator(8, 2, 3, 4, 2), ValueError, r"num_heads must divide the width 4"),
     ("integrator-input", lambda: GlobalIntegrator(8, 2, 2, 4, 2)(HIDDEN), ValueError, r"local must be \[B, N, M, H\]"),
@@ -230,6 +259,29 @@ MODULES = [
         lambda: GlobalIntegrator(8, 2, 2, 4, 2)(torch.zeros(1, 3, 2, 5)),
         ValueError,
         r"local must be .*(8|hidden_size)",
+    ),
+    ("integrator-list", integrate([1]), TypeError, r"local must be a tensor \[B, N, M, H\], got list"),
+    (
+        "integrator-dtype",
+        integrate(LOCALS.double()),
+        TypeError,
+        r"local has dtype torch.float64, expected torch.float32",
+    ),
+    ("integrator-low", integrate(LOCALS.bfloat16()), TypeError, r"local has dtype torch.bfloat16, expected"),
+    ("integrator-device", integrate(LOCALS.to("meta")), ValueError, r"local is on meta, expected cpu"),
+    ("integrator-causal", integrate(causal=1), TypeError, r"causal must be a bool, got int 1"),
+    (
+        "integrator-stats",
+        integrate(stats=LOCALS),
+        ValueError,
+        r"stats must be \[..., 5, hidden_size 8\], got \[1, 3, 2, 8\]",
+    ),
+    ("integrator-stats-list", integrate(stats=[1]), TypeError, r"stats must be a tensor .*got list"),
+    (
+        "integrator-stats-dtype",
+        integrate(stats=torch.zeros(1, 5, 8).double()),
+        TypeError,
+        r"stats has dtype torch.float64",
     ),
     (
         "integrator-valid",

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from hici_kernels import HGAConfig, _native
-from hici_kernels.bench import kv_store
+from hici_kernels.bench import command, hga_layer, kv_store
 
 pytestmark = pytest.mark.skipif(_native.status() is not None, reason="the tier disk needs the native library")
 
 
-def test_rows_goals_and_text(tmp_path) -> None:
-    found = kv_store.measure(kv_store.TEST, str(tmp_path), rounds=2)
-    assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder, steps = tmp_path_factory.mktemp("history"), []
+
+    def progress(items, text, total=None):
+        for item in items:
+            steps.append(item[0])
+            yield item
+        assert total == len(steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_store, "progress", progress)
+        made = kv_store.measure(kv_store.TEST, str(folder), rounds=2)
+    assert not list(folder.iterdir()) and tuple(steps) == kv_store.STAGES == tuple(made)
+    return made
+
+
+@pytest.mark.parametrize("op, charts", [("kv_store", {"a.png"}), (None, {"a.png", "a-kv_store.png"})])
+def test_the_command_draws_it(op, charts, found, monkeypatch, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    side = {"median_s": 1e-3, "fastest_s": 1e-3, "slowest_s": 2e-3, "correct": True}
+    monkeypatch.setattr(hga_layer, "measure", lambda *_: [{"name": "decode", "sides": {hga_layer.OURS: side}}])
+    monkeypatch.setattr(hga_layer, "goals", lambda rows: [])
+    monkeypatch.setattr(kv_store, "sizes", lambda suite: [kv_store.TEST])
+    monkeypatch.setattr(kv_store, "measure", lambda size: found)
+    rest = {"impls": None, "dtype": None, "threads": 1, "rounds": 7, "json_path": tmp_path / "new" / "a.json"}
+    assert command.run(ops=op, suite="hga", chart_path=tmp_path / "b" / "a.png", **rest) == 0
+    assert {p.name for p in (tmp_path / "b").iterdir()} == charts
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "b").iterdir())
+    assert len(json.loads((tmp_path / "new" / "a.json").read_text())["kv_store"]) == 1
+
+
+def test_rows_goals_and_text(found) -> None:
     assert [s["routes"] for s in found["steps"]] == ["replayed", "replayed, no prefetch", "disjoint"]
     for row in found["steps"]:
         assert row["equal"] and row["pages"] > 0 and 0 <= row["hit_rate"] <= 1

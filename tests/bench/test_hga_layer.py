@@ -14,8 +14,11 @@ TINY = Sizes(layer=SMALL, cached=16384, far=32768, prefill=2048, batch=2, trace=
 CEILINGS = {"read_bytes_per_s": 1e10}
 
 
-def test_every_row_and_goal() -> None:
+def test_every_row_and_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(hga_layer, "progress", lambda parts, text: shown.extend(parts) or parts)
     rows = hga_layer.measure(7, CEILINGS, TINY)
+    assert len(shown) == 5
     assert [r["name"].split(",")[0] for r in rows] == ["decode"] * 5 + ["prefill"] * 2
     for row in rows:
         assert row["sides"][OURS]["correct"] and row["sides"][OURS]["median_s"] > 0, row["name"]

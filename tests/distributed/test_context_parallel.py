@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from context_work import CASES, errors
@@ -84,6 +86,9 @@ def refusals() -> list[str]:
     exchange, x = ContextParallel(config), torch.randn(1, 16, 16)
     token = ContextParallel(HiCIConfig(**{**config.to_dict(), "cut": "token"}))  # another one, as both are explicit
     said = []
+    assert exchange.serves(config) and not exchange.serves(token.config)
+    open_ = ContextParallel(dataclasses.replace(config, cut=None))  # a layer of any cut fills it in
+    assert all(open_.serves(c) for c in (config, token.config, open_.config)) and exchange.serves(open_.config)
 
     def refuse(work: object) -> None:
         try:

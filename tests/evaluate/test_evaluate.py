@@ -19,8 +19,9 @@ from hici_kernels.config import CONTEXT_MODES, LEAK_FREE_MODES, HGAConfig, HiCIC
 from hici_kernels.demo.lm import ByteLM
 from hici_kernels.evaluate import passkey, perplexity, tokens, topics
 from hici_kernels.evaluate.density import density_of
+from hici_kernels.evaluate.generation import continue_greedily
 from hici_kernels.evaluate.leak import leak_test
-from hici_kernels.evaluate.models import leak_free, open_model
+from hici_kernels.evaluate.models import Evaluated, leak_free, open_model
 
 runner = CliRunner()
 SLOTS: dict[str, Any] = {"num_local_slots": 3, "num_heads": 2, "bottleneck_dim": 16, "shared_compress_dim": 8}
@@ -225,8 +226,11 @@ def test_topics_cases_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_commands_write_json_table_and_chart(tmp_path: Path, text: Path) -> None:
     data = tmp_path / "t.bin"
-    done = runner.invoke(app, ["eval", "prepare", str(text), "--out", str(data)])
+    summary = tmp_path / "new" / "prepared.json"
+    done = runner.invoke(app, ["eval", "prepare", str(text), "--out", str(data), "--json", str(summary)])
     assert done.exit_code == 0 and "tokens (uint16)" in done.stdout
+    record = json.loads(summary.read_text())
+    assert record["file"] == str(data) and record["tokens"] == len(tokens.read(data))
     options = ["--json", str(tmp_path / "r.json"), "--chart", str(tmp_path / "r.png")]
     hga = [x for name, value in FEW.items() for x in ("--set", f"{name}={value}")]
     arguments = ["eval", "ppl", "--data", str(data), "--lengths", "64,128", "--windows", "2", "--method", "hga", *hga]
@@ -268,11 +272,48 @@ def test_a_leaking_mode_has_no_valid_sliding_perplexity(data: Path) -> None:
         (["topics", "--method", "hici", "--set", "slots=3"], "not a field"),
         (["passkey", "--model", "/nonexistent"], "not a model directory"),
         (["prepare", "/nonexistent.txt", "--out", "x.bin"], "existing file"),
+        (["passkey", "--device", "nope"], "device must be a device of this machine, got 'nope'"),
+        (["passkey", "--json", "."], "--json must be a file"),
+        (["passkey", "--lengths", "99999999"], "length must be one that fits into memory"),
     ],
 )
 def test_wrong_input_is_one_line(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+
+    def too_long(self: Any, length: int, seed: int = 0) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 102399998976 bytes.\nAt")
+
+    monkeypatch.setattr(Evaluated, "leak", too_long)
     result = runner.invoke(app, ["eval", *arguments])
     assert result.exit_code == 2 and says in result.stderr, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error, named",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (MemoryError("not enough memory"), False),
+    ],
+    ids=str,
+)
+def test_only_want_of_memory_is_the_lengths_fault(error: Exception, named: bool) -> None:
+    opened = open_model("demo")
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    opened.model.register_forward_pre_hook(refuse)
+    calls: list[Any] = [
+        lambda: opened.logits(torch.zeros(1, 7, dtype=torch.int64)),
+        lambda: opened.describe(7, 0),
+        lambda: continue_greedily(opened, [1] * 7, 1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError if named else type(error), match="got 7: " if named else str(error)[:10]):
+            call()

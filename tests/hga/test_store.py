@@ -315,3 +315,42 @@ def test_layer_under_autocast_and_with_gradients() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert hidden.grad is not None and all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"dtype": torch.bfloat16}, TypeError, "cache has dtype torch.bfloat16, expected torch.float64"),
+        ({"device": "meta"}, ValueError, "cache is on meta, expected cpu"),
+    ],
+)
+def test_a_cache_of_another_kind_is_refused_before_the_projections(
+    options: dict[str, object], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"layers": 1, "kv_heads": 2, "head_dim": 16, "dtype": torch.float64, "device": "cpu", **options}
+    cache, target = KVStore(small(), rope=rope(), **given), layer()  # type: ignore[arg-type]
+    monkeypatch.setattr(target, "project", lambda *_: pytest.fail("projected"))
+    with pytest.raises(error, match=message):
+        target(torch.zeros(1, 3, 32, dtype=torch.float64), cache=cache)
+    assert cache.lengths.tolist() == [0]
+
+
+def test_under_autocast_a_cache_has_the_dtype_of_autocast() -> None:
+    target, hidden = layer().float(), torch.randn(1, 3, 32)
+    caches = [
+        KVStore(small(), rope=rope(), layers=1, kv_heads=2, head_dim=16, dtype=dtype, device="cpu")
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert target(hidden, cache=caches[0]).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"cache has dtype torch\.float32, expected torch\.bfloat16"):
+            target(hidden, cache=caches[1])
+        wide = KVStore(small(), rope=rope(), layers=1, kv_heads=2, head_dim=16, dtype=torch.float64, device="cpu")
+        assert target.double()(hidden.double(), cache=wide).dtype == torch.float64
+    assert target.float()(hidden, cache=caches[1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["nope", "cpu:x", torch.device("cuda", 120)], ids=str)
+def test_a_device_that_is_not_there_is_named(device: object) -> None:
+    with pytest.raises(ValueError, match=f"device must be a device of this machine, got '{device}'"):
+        KVStore(small(), rope=rope(), layers=1, kv_heads=2, head_dim=16, dtype=torch.float32, device=device)  # type: ignore[arg-type]

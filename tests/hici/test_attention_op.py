@@ -174,6 +174,26 @@ def test_gradient_arriving_at_unseen_rows_is_ignored(seed):
     assert all(x.grad is None or not x.grad.any() for x in leaves.values())
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_arrives_at_rows_that_see_nothing_reaches_no_key(seed, value, impl):
+    tensors, options = case(140 + seed, torch.float32)
+    b, s = tensors["k"].shape[:2]
+    mask = (torch.arange(s) % 3 != seed % 3).expand(b, s)
+    options |= {"attention_mask": mask}
+    blind = ~mask[:, s - tensors["q"].shape[1] :]
+    given = weights_for(tensors)
+    dirty = (given[0].masked_fill(blind[:, :, None, None], value), given[1].masked_fill(blind[:, None], value))
+    results = []
+    for weights in (given, dirty):
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+        torch.autograd.backward(attention(**leaves, **options, return_lse=True, impl=impl), weights)
+        results.append({name: x.grad for name, x in leaves.items()})
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
 def test_large_scores_stay_finite():
     for dtype, size in ((torch.float32, 1e10), (torch.float16, 200.0), (torch.bfloat16, 1e8)):
         q, k, v = ((size * torch.randn(1, 9, 2, 4)).to(dtype).requires_grad_() for _ in range(3))

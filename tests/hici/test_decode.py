@@ -259,6 +259,37 @@ def test_rewind_full_into_the_prompt_and_to_nothing():
     close(read(layer, hidden, [6, 3], cache=cache)[0], read(layer, hidden, [6, 3])[0], 1e-11)
 
 
+@pytest.mark.parametrize("decode", ["full", "segment"])
+@pytest.mark.parametrize(
+    "cut, calls, keep, expected",
+    [
+        ("token", [[0, 0, 1]], 0, 0),
+        ("index", [[0, 0, 1]], 0, 0),
+        ("token", [[0, 1, 1]], 1, 2),
+        ("token", [[1, 1, 1, 1], [0, 1]], 4, 4),
+        ("index", [[1, 1, 1, 1], [0, 1]], 4, 4),
+        ("token", [[1, 1, 1, 1], [0, 1]], 5, 6),
+        ("token", [[1, 0, 1, 1, 1], [0, 1, 1]], 4, 5),
+        ("index", [[1, 1, 1, 0], [0, 1]], 3, 3),
+        ("index", [[1, 1, 1, 0], [0, 0, 0, 0], [1]], 3, 3),
+        ("token", [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0]], 8, 8),
+    ],
+)
+def test_the_next_position_follows_the_last_token_kept(decode, cut, calls, keep, expected):
+    layer, _ = build(config(decode, cut=cut))
+    mask = torch.tensor([[seen for call in calls for seen in call]])
+    hidden = torch.randn(1, mask.shape[1], HIDDEN, dtype=torch.float64)
+    _, cache = read(layer, hidden, [len(x) for x in calls], mask)
+    cache.rewind(keep)
+    assert cache.next_columns(torch.device("cpu")).tolist() == [expected]
+    one = torch.randn(1, 1, HIDDEN, dtype=torch.float64)
+    branch = copy.deepcopy(cache)
+    assert torch.equal(
+        read(layer, one, [1], cache=cache)[0],
+        read(layer, one, [1], positions=torch.tensor([[expected]]), cache=branch)[0],
+    )
+
+
 @pytest.mark.parametrize("decode", RULES)
 def test_wrong_rewinds_change_nothing(decode):
     layer, _ = build(config(decode))
@@ -350,6 +381,83 @@ def test_gradients_of_cached_calls(decode, masked):
         total, at = total + part.square().sum(), at + n
     total.backward()
     assert hidden.grad.isfinite().all() and hidden.grad[:, -1].any()
+
+
+@pytest.mark.parametrize("decode", RULES)
+@pytest.mark.parametrize(
+    "wanted", ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_norm.weight"]
+)
+def test_later_calls_leave_the_gradients_of_earlier_ones_alone(decode, wanted):
+    """Whatever wants them: autograd may have saved what the next call writes into."""
+    layer, _ = build(config(decode), eps=1e-6)
+    hidden = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    parameter = dict(layer.named_parameters())[wanted]
+
+    def gradient(later):
+        layer.requires_grad_(False)
+        _, cache = read(layer, hidden[:, :6], [6])
+        parameter.requires_grad_()
+        out = layer(hidden[:, 6:7], cache=cache)
+        if later:
+            read(layer, hidden[:, 7:], [1, 1], cache=cache)
+        return torch.autograd.grad(out.square().sum(), parameter)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("decode", RULES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        (torch.inference_mode, torch.no_grad),
+        (torch.no_grad, torch.inference_mode),
+        (torch.inference_mode, torch.enable_grad),
+        (torch.inference_mode, torch.inference_mode),
+    ],
+    ids=lambda modes: "-".join(mode.__name__ for mode in modes),
+)
+def test_a_cache_goes_in_and_out_of_inference_mode(decode, masked, modes):
+    layer, _ = build(config(decode))
+    hidden = torch.randn(2, 26, HIDDEN, dtype=torch.float64)
+    mask = torch.ones(2, 26, dtype=torch.int64)
+    mask[0, :2] = 1 - int(masked)
+
+    def program(modes):
+        """Two rounds of everything a cache can do, every step in the other mode than the one before."""
+        outs, cache, at = [], None, 0
+
+        def call(n):
+            nonlocal cache, at
+            cache = layer.new_cache(2) if cache is None else cache
+            given = mask[:, at : at + n] if masked else None
+            outs.append(layer(hidden[:, at : at + n], attention_mask=given, cache=cache).detach())
+            at += n
+
+        def copied():
+            nonlocal cache
+            cache = copy.deepcopy(cache)
+
+        actions = [
+            lambda: call(6),
+            lambda: call(1),
+            lambda: call(2),
+            lambda: cache.rewind(int(cache.lengths[0]) - 1, 0),
+            lambda: call(1),
+            copied,
+            lambda: call(1),
+            lambda: cache.reorder([1, 0]),
+            lambda: call(1),
+            lambda: cache.reset(1),
+            lambda: call(1),
+            lambda: cache.reset(),
+        ]
+        for step, action in enumerate(actions * 2):
+            with modes[step % 2]():
+                action()
+        return torch.cat(outs, 1)
+
+    assert torch.equal(program(modes), program((torch.no_grad, torch.no_grad)))
 
 
 @pytest.mark.parametrize("decode", RULES)

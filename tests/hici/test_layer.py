@@ -160,11 +160,14 @@ def test_default_positions():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_masked_columns_hold_does_not_matter(seed):
-    fixed = {"empty": "skip" if seed % 2 else "zero"}
-    rng, layer, _ = random_layer(5000 + seed, **fixed)
+@pytest.mark.parametrize("fixed", [{}, {"empty": "uniform", "cut": "token"}, {"empty": "uniform", "cut": "index"}])
+def test_what_masked_columns_hold_does_not_matter(seed, fixed):
+    rng, layer, _ = random_layer(5000 + seed, **({"empty": "skip" if seed % 2 else "zero"} | fixed))
     length = rng.randint(2, 12)
     mask = random_mask(rng, 2, length, rng.choice(["left", "right", "holes", "gap", "empty_row"]))
+    if layer.config.cut == "index" and layer.config.empty == "uniform":
+        # the slots of a segment without tokens are the mean of what it holds: every segment gets one
+        mask[:, :: layer.config.resolve_segment_len(length)] = 1
     clean = torch.randn(2, length, HIDDEN, dtype=torch.float64)
     poisoned, positions = clean.clone(), torch.arange(length).expand(2, -1).clone()
     poisoned[mask == 0] = float("nan") if seed % 3 else float("inf")

@@ -1,8 +1,10 @@
 """LocalConstructor, GlobalIntegrator, HiCIConfig and Rope by themselves."""
 
+import copy
 import dataclasses
 import itertools
 import json
+import pickle
 import random
 
 import pytest
@@ -85,6 +87,38 @@ def test_integrator_without_segments(n):
     assert module(torch.zeros(2, n, 2, 8), causal=True).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_alone_under_autocast(dtype):
+    """Tensors of another dtype than the weights are fine there, and only there."""
+    local_constructor, integrator = LocalConstructor(8, 3, 2, 4), GlobalIntegrator(8, 3, 2, 4, 2)
+    hidden = torch.randn(2, 7, 8)
+    with torch.no_grad():
+        slots = local_constructor(hidden, segment_len=3)
+        expected = integrator(slots)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = local_constructor(hidden.to(dtype), segment_len=3)
+            found = integrator(low.to(dtype))
+            running = integrator(low, stats=torch.ones(2, 5, 8, dtype=dtype))
+    assert low.dtype == found.dtype == running.dtype == torch.bfloat16
+    close(low, slots, 0.05)
+    close(found, expected, 0.05)
+
+
+@pytest.mark.parametrize("part", ["local_constructor", "global_integrator"])
+def test_wrong_arguments_are_found_before_any_work(part, monkeypatch):
+    layer, _ = build(HiCIConfig(num_heads=2, bottleneck_dim=4, compress_dim=4, shared_compress_dim=2))
+    module = getattr(layer, part)
+    for child in module.modules():
+        if child is not module:
+            monkeypatch.setattr(child, "forward", None)
+    shape = (2, 7, 8) if part == "local_constructor" else (2, 3, 2, 8)
+    wrong = torch.zeros(shape[0], 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention_mask must be|valid must be"):
+        module(torch.zeros(shape, dtype=torch.float64), **{"attention_mask" if len(shape) == 3 else "valid": wrong})
+    with pytest.raises(TypeError, match=r"(hidden|local) has dtype torch.float32, expected torch.float64"):
+        module(torch.zeros(shape))
+
+
 LOCAL_KEYS = {f"local_constructor.{x}" for x in ("memory_slots", "q_proj.weight", "k_proj.weight", "v_proj.weight")}
 GLOBAL_KEYS = {
     f"global_integrator.{x}"
@@ -147,6 +181,48 @@ def test_config_defaults():
     assert HiCIConfig(segment_len=4, decode="segment", cut="index").cut == "index"
     assert c.integrator_dim == 512 and HiCIConfig(bottleneck_dim=None).integrator_dim == 512
     assert HiCIConfig(bottleneck_dim=64).integrator_dim == 64 and c.integrator_num_heads == 8
+
+
+WAYS = {
+    "replace": dataclasses.replace,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+    "dict": lambda c: HiCIConfig.from_dict(c.to_dict()),
+    "keywords": lambda c: HiCIConfig(**c.to_dict()),
+    "JSON": lambda c: HiCIConfig.from_dict(json.loads(json.dumps(c.to_dict()))),
+    "repr": lambda c: eval(repr(c)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given", [{}, {"cut": None}, {"cut": "index"}, {"cut": "token"}])
+def test_whether_cut_was_given_is_part_of_a_config(given, way):
+    """What is equal behaves alike: read, changed, and in apply_hici, which fills in what was not given."""
+    c = HiCIConfig(segment_len=8, **given)
+    again = WAYS[way](c)
+    assert again == c and hash(again) == hash(c) and repr(again) == repr(c)
+    segment = dataclasses.replace(again, decode="segment")
+    assert segment == HiCIConfig(segment_len=8, decode="segment", **given)
+    assert segment.cut == (given.get("cut") or "token")
+    assert again.with_default_cut("token").cut == (given.get("cut") or "token")
+    assert dataclasses.replace(segment, decode="full", cut=None) == HiCIConfig(segment_len=8)
+
+
+def test_a_config_that_was_given_its_default_cut_is_another_one():
+    plain, stated = HiCIConfig(), HiCIConfig(cut="index")
+    assert plain.cut == stated.cut == "index" and plain != stated
+    assert (plain.to_dict()["cut"], stated.to_dict()["cut"]) == (None, "index")
+    assert plain.with_default_cut() == stated == stated.with_default_cut("token")
+    assert HiCIConfig.from_dict({**plain.to_dict(), "cut": "index"}) == stated
+    assert plain != plain.to_dict() and plain == HiCIConfig(cut=None)
+
+
+def test_config_file_of_a_cut_by_context(tmp_path):
+    HiCIConfig(segment_len=8).save(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["cut"] is None
+    loaded = HiCIConfig.load(tmp_path / "config.json")
+    assert loaded == HiCIConfig(segment_len=8) and dataclasses.replace(loaded, decode="segment").cut == "token"
 
 
 @pytest.mark.parametrize("rotary", [2, 4, 6])

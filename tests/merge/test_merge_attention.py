@@ -116,6 +116,20 @@ def test_a_row_nobody_has_seen() -> None:
     assert all(x.grad is not None and not x.grad.any() for x in (*outs, *lses))
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_arrives_at_a_row_nobody_has_seen_reaches_no_part(impl: str, value: float) -> None:
+    outs, lses = parts(2, dtype=torch.float32)
+    for lse in lses:
+        lse[:, :, 1] = -torch.inf
+    leaves = [x.requires_grad_() for x in (*outs, *lses)]
+    grad_out, grad_lse = torch.ones_like(outs[0]), torch.ones_like(lses[0])
+    expected = torch.autograd.grad(merge_attention(outs, lses, impl=impl), leaves, (grad_out, grad_lse))
+    grad_out[:, 1], grad_lse[:, :, 1] = value, value
+    found = torch.autograd.grad(merge_attention(outs, lses, impl=impl), leaves, (grad_out, grad_lse))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_extreme_lse() -> None:
     outs, _ = parts(3, seed=7)
     lses = [torch.full((2, 4, 3), x, dtype=torch.float64) for x in (1e5, -1e5, 1e5)]

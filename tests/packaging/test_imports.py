@@ -79,6 +79,39 @@ assert a is b
     python("import sys\nimport hici_kernels.nn\n" + code)
 
 
+def test_either_name_runs_as_a_command() -> None:
+    for module in ("hici", "hici_kernels", "hici.cli.main"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error::RuntimeWarning", "-m", module, "info"],
+            text=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stdout.startswith("hici-kernels"), done.stderr
+
+
+def test_runpy_runs_a_copy_and_leaves_the_module() -> None:
+    code = """
+import inspect, runpy, sys
+names = runpy.run_module("hici.cli.main")
+assert names["__name__"] == "hici.cli.main" and names["__file__"].endswith("main.py"), names["__file__"]
+import hici.cli.main, hici_kernels.cli.main
+assert hici.cli.main is hici_kernels.cli.main and hici.cli.main.app is not names["app"]
+assert hici.cli.main.__spec__.name == "hici_kernels.cli.main"
+sys.argv = ["hici", "--help"]
+try:
+    runpy.run_module("hici", run_name="__main__")
+except SystemExit as done:
+    assert not done.code
+else:
+    raise SystemExit("the command did not end")
+import hici.nn, hici_kernels.nn
+assert hici.nn is hici_kernels.nn and "class _Config" in inspect.getsource(sys.modules["hici_kernels.config"])
+loader = next(f for f in sys.meta_path if type(f).__name__ == "_Alias")
+assert loader.get_filename("hici.config") == sys.modules["hici_kernels.config"].__file__
+assert loader.is_package("hici.nn") and "class _Config" in loader.get_source("hici.config")
+"""
+    python(code)
+
+
 def test_works_from_any_directory(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import hici_kernels; print(hici_kernels.__version__)"],

@@ -204,11 +204,13 @@ def test_sft_command_from_a_checkpoint(model_directory, texts, tmp_path):
                                      str(tmp_path / "a"), *settings])  # fmt: skip
     assert first.exit_code == 0, first.output
     arguments = ["sft", "--model", str(model_directory), "--data", str(path), "--out", str(tmp_path / "b"),
-                 "--adapter", str(tmp_path / "a" / "hici"), "--json", str(tmp_path / "b.json"), *settings,
+                 "--adapter", str(tmp_path / "a" / "hici"), "--json", str(tmp_path / "new" / "b.json"),
+                 "--chart", str(tmp_path / "new" / "b.png"), *settings,
                  "--set", "hici={}"]  # fmt: skip
     second = CliRunner().invoke(app, arguments)
     assert second.exit_code == 0, second.output
-    done = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    done = json.loads((tmp_path / "new" / "b.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
     loaded = load_hici(hf.AutoModelForCausalLM.from_pretrained(model_directory), done["result"])
     assert sum("lora_" in n for n, _ in loaded.named_parameters()) == 2 * 24
     assert loaded.config.hici["num_local_slots"] == 5

@@ -14,6 +14,7 @@ from tiny_models import hici_config, randomise_slots, tiny
 from typer.testing import CliRunner
 
 from hici_kernels import HGAConfig
+from hici_kernels.cli.checkpoints import fields
 from hici_kernels.cli.main import app
 from hici_kernels.integrations import apply_hga, apply_hici, save_hici
 from hici_kernels.integrations.chat import Conversation, open_model
@@ -99,11 +100,14 @@ def test_a_template_that_rewrites_the_past(directory):
 def test_chat_command(store, directory, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     done = run("chat", "--model", directory, "--method", "hga", "--prompt", "w3 w4", "--prompt", "w5", "--file",
-               tmp_path / "text.txt", "--max-new-tokens", 5, "--json", tmp_path / "out.json", "--store", store,
+               tmp_path / "text.txt", "--max-new-tokens", 5, "--json", tmp_path / "new" / "out.json", "--store", store,
+               "--chart", tmp_path / "new" / "chart",
                *(("--store-set", f"path={tmp_path}") if store == "disk" else ()),
+               *(("--store-set", "host_bytes=2e9") if store != "device" else ()),
                *(x for k, v in FEW.items() for x in ("--set", f"{k}={v}")))  # fmt: skip
     assert done.exit_code == 0, done.output
-    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    written = json.loads((tmp_path / "new" / "out.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "new" / "chart").read_bytes().startswith(b"\x89PNG")
     assert [t["new_tokens"] for t in written["turns"]] == [5, 5]
     assert written["turns"][0]["prompt_tokens"] > 50 and written["turns"][0]["memory"][store] > 0
     assert "tokens/s" in done.output and f"history in {store}" in done.output
@@ -122,11 +126,37 @@ def test_chat_command(store, directory, tmp_path):
         (("--model", "{model}", "--set", "keep_first"), "name=value"),
         (("--model", "{model}", "--set", "slots=3"), "not a field of HGAConfig"),
         (("--model", "{model}", "--method", "hici"), "says nothing of slots"),
+        (("--model", "{model}", "--store-set", "foo=1"), "'foo' is not an option of KVStore"),
+        (("--model", "{model}", "--store-set", "host_bytes"), "--store-set takes name=value"),
+        (("--model", "{model}", "--store", "host", "--store-set", "host_bytes=2.5"), "host_bytes must be an int"),
+        (("--model", "{model}", "--store", "disk"), "path must be given"),
+        (("--model", "{model}", "--method", "none", "--store-set", "host_bytes=5"), "host_bytes is an option of the"),
+        (("--model", "{model}", "--device", "nope"), "device must be a device of this machine, got 'nope'"),
+        (("--model", "{model}", "--temperature", "-1"), "--temperature must not be negative, got -1.0"),
+        (("--model", "{model}", "--temperature", "nan"), "--temperature must be finite"),
+        (("--model", "{model}", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1"),
+        (("--model", "{model}", "--file", "{model}/absent"), "absent"),
+        (("--model", "{model}", "--json", "{model}"), "--json must be a file"),
+        (("--model", "{model}", "--json", "{model}/config.json/x"), "--json must be in a folder that can be made"),
+        (("--model", "{model}", "--chart", "{model}/x.xyz"), "--chart must end with .png"),
     ],
 )
-def test_chat_refusals(arguments, message, directory):
+def test_chat_refusals(arguments, message, directory, monkeypatch):
+    if message != "says nothing of slots":
+        monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was read"))
     done = run("chat", "--prompt", "w1", *(a.replace("{model}", str(directory)) for a in arguments))
     assert done.exit_code == 2 and message in done.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "written, value",
+    [("2e9", 2 * 10**9), ("1.5E3", 1500), ("12345678901234567e2", 1234567890123456700), ("-1e2", -100), ("7", 7),
+     ("1e-3", 1e-3), ("2.0", 2.0), ("1.25e1", 12.5), ("true", True), ("null", None), ("host", "host"),
+     ("[1e2]", [100])],
+)  # fmt: skip
+def test_values_of_name_value_options(written, value):
+    found = fields([f"name={written}"])["name"]
+    assert found == value and type(found) is type(value)
 
 
 def test_merge_extract_convert_commands(directory, tmp_path):

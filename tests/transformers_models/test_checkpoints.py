@@ -320,6 +320,146 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
         load_hici(tiny(), tmp_path / "good", slots=3, **SAID)
 
 
+def without(part):
+    return lambda tensors: {k: v for k, v in tensors.items() if part not in k}
+
+
+def changed(part, change):
+    return lambda tensors: {k: change(v) if part in k else v for k, v in tensors.items()}
+
+
+def with_more(name, *shape):
+    return lambda tensors: tensors | {name: torch.ones(shape)}
+
+
+def with_lora(module, a, b):
+    at = f"base_model.model.model.layers.1.self_attn.{module}.lora_"
+    return lambda tensors: tensors | {f"{at}A.weight": torch.ones(a), f"{at}B.weight": torch.ones(b)}
+
+
+LC, GI = "local_constructor", "global_integrator"
+# which file, what happens to it, what is said
+DAMAGES = {
+    "missing": (1, without(f"{LC}.v_proj"), rf"lacks model.layers.0.self_attn.{LC}.v_proj.weight"),
+    "missing-scalar": (1, without("expand_scale_param"), r"lacks .*expand_scale_param of shape \(\)"),
+    "missing-o-proj": (1, without(f"{LC}.o_proj"), rf"lacks .*{LC}.o_proj.weight of shape \(64, 16\)"),
+    "unknown": (
+        1,
+        lambda x: {**x, **{k.replace("v_proj", "foo"): v.clone() for k, v in x.items()}},
+        r"foo.*, which the model",
+    ),
+    "shape": (1, changed(f"{LC}.v_proj", lambda x: x[:, :5]), r"v_proj.weight must have .*\(16, 64\), got \(16, 5\)"),
+    "broadcast": (1, changed(f"{LC}.k_proj", lambda x: x[:1]), r"k_proj.weight must have .*\(16, 64\), got \(1, 64\)"),
+    "one-layer": (
+        1,
+        changed(f"1.self_attn.{LC}.mem", lambda x: x[:3]),
+        r"layers.1.*must have shape \(5, 64\), got \(3",
+    ),
+    "flat": (
+        1,
+        changed("memory_slots", lambda x: x[0]),
+        r"memory_slots of layer 0 must be \[M, H\], got shape \(64,\)",
+    ),
+    "flat-queries": (1, changed("global_queries", lambda x: x[0]), r"global_queries of layer 0 must be \[K, D\]"),
+    "scalar": (1, changed("scale_param", lambda x: x.repeat(2)), r"scale_param must have shape \(\), got \(2,\)"),
+    "norm": (1, changed("model.norm", lambda x: x[:1]), r"model.norm.weight must have shape \(64,\), got \(1,\)"),
+    "head": (1, with_more("lm_head.weight", 97, 64), r"lm_head.weight must have shape \(98, 64\), got \(97, 64\)"),
+    "embedding": (1, changed("embed_tokens", lambda x: x[0, 0]), r"embed_tokens.weight must have shape .*got \(\)"),
+    "two-decoders": (1, with_more(f"layers.1.self_attn.{LC}.foo", 2), r"beside slots of another decoder"),
+    "lora-shape": (0, changed(f"1.self_attn.{LC}.q_proj.lora_A", lambda x: x[:, :5]), r"q_proj is for \(16, 5\)"),
+    "lora-unknown": (0, with_lora(f"{LC}.foo", (2, 64), (16, 2)), r"holds LoRA for model.layers.1.*foo, which"),
+    "lora-inner": (0, changed(f"{GI}.v_proj.lora_B", lambda x: x[:, :1]), r"v_proj must be A \[rank, in\] and B"),
+    "lora-ranks": (0, with_lora(f"{GI}.expand", (3, 16), (64, 3)), r"must have one rank, got \[2, 3\]"),
+}
+
+
+@pytest.mark.parametrize("merge_lora", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(damage, merge_lora, tmp_path):
+    file, change, message = DAMAGES[damage]
+    tensors = [{k: v.clone() for k, v in part.items()} for part in published(trained(rows=98))]
+    tensors[file] = {k: v.contiguous() for k, v in change(tensors[file]).items()}
+    write(tmp_path, *tensors)
+    model = tiny()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_hici(model, tmp_path, merge_lora=merge_lora, **{**SAID, "rope_factor": 2.0})
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert model.config.to_dict() == tiny().config.to_dict() and model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("wrong", [{"rope_factor": 0.5}, {"lora_alpha": "16"}])
+def test_wrong_factors_change_nothing(wrong, tmp_path):
+    write(tmp_path, *published(trained(rows=98)))
+    model = tiny()
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{next(iter(wrong))} must be .*, got .*{next(iter(wrong.values()))}"
+    ):
+        load_hici(model, tmp_path, **{**SAID, **wrong})
+    assert model.get_input_embeddings().weight.shape[0] == 97 and model.config.to_dict() == tiny().config.to_dict()
+
+
+def test_scalars_stored_with_one_dimension(tmp_path):
+    model = randomise_slots(apply_hici(tiny(), hici_config()))
+    tensors = {k: v.detach().clone() for k, v in slots_of(model).items()}
+    tensors = {k: v.reshape(1) if v.ndim == 0 else v for k, v in tensors.items()}
+    save_file(tensors, tmp_path / "trainable_params.safetensors")
+    assert worst(logits(load_hici(tiny(), tmp_path, **SAID)), logits(model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("saved, loaded", [("bare", "bare"), ("bare", "head"), ("head", "bare")])
+def test_models_without_a_head(saved, loaded, lora, tmp_path):
+    """Their layers are at the top of the state dict."""
+    peft = pytest.importorskip("peft")
+
+    def make(kind):
+        return tiny() if kind == "head" else tiny().model
+
+    def features(model):
+        decoder = next(m for m in model.modules() if type(m).__name__ == "LlamaModel")
+        with torch.no_grad():
+            return decoder(input_ids=prompt(), use_cache=False).last_hidden_state
+
+    model = randomise_slots(apply_hici(make(saved), hici_config()))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    if lora:
+        config = peft.LoraConfig(**LORA, init_lora_weights=False)
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    save_hici(model, tmp_path)
+    found = load_hici(make(loaded), tmp_path)
+    assert worst(features(found), features(model)) < TOLERANCE
+    assert hasattr(found, "peft_config") == lora
+    merged = load_hici(make(loaded), tmp_path, merge_lora=True)
+    assert worst(features(merged), features(model)) < 1e-4
+
+
+def test_merged_models_without_a_head(tmp_path):
+    model = randomise_slots(apply_hici(tiny().model, hici_config()))
+    for keep in (True, False):
+        merge_hici(model, tmp_path / f"{keep}", keep_slots=keep)
+    again = load_hici(tiny(), tmp_path / "True")
+    assert (
+        worst(
+            slots_of(again)["model.layers.1.self_attn.local_constructor.memory_slots"],
+            slots_of(model)["layers.1.self_attn.local_constructor.memory_slots"],
+        )
+        == 0
+    )
+    # as its own base it would get a random head
+    with pytest.raises(ValueError, match=r"lacks lm_head.weight"):
+        load_hici(tmp_path / "True", tmp_path / "True")
+    merge_hici(load_hici(tiny(), tmp_path / "True"), tmp_path / "whole", keep_slots=True)
+    bare = tiny().model
+    before = {k: v.clone() for k, v in bare.state_dict().items()}
+    with pytest.raises(ValueError, match=r"holds lm_head.weight, which the model does not have"):
+        load_hici(bare, tmp_path / "whole")
+    assert bare.state_dict().keys() == before.keys()
+
+
 class _Evil:
     def __init__(self, path: Path) -> None:
         self.path = path

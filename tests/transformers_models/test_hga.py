@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 
@@ -12,9 +13,10 @@ import torch
 import transformers as hf
 from tiny_models import ALL, FAMILIES, FEW, left_padded, prompt, tiny, worst
 
-from hici_kernels import HGAConfig, ImplError, KVStore
+from hici_kernels import HGAConfig, ImplError, KVStore, _native
 from hici_kernels.integrations import HGACache, apply_hga, restore
 from hici_kernels.integrations.masks import CROP_KEEPS
+from hici_kernels.kv.options import check_options
 from hici_kernels.nn import HGAAttention
 from hici_kernels.rope import Rope
 
@@ -394,6 +396,61 @@ def test_refusals():
     apply_hga(model, ALL)
     with pytest.raises(ValueError, match="made for another model"):
         model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"foo": 1}, "'foo' is not an option of KVStore"),
+        ({"tier": "host"}, "tier is the argument store here"),
+        ({"batch": 2}, "batch is the model's"),
+        ({"layers": 7}, "layers is the model's"),
+        ({"dtype": torch.float32}, "dtype is the model's"),
+        ({"device": "cpu"}, "device is the model's"),
+        ({"store": "disk"}, "path must be given with tier='disk'"),
+        ({"store": "disk", "path": "{}/absent"}, "path must be a directory that exists"),
+        ({"store": "disk", "path": 3}, "path must be a str or a path"),
+        ({"path": "{}"}, "path must be None with tier='device'"),
+        ({"store": "host", "path": "{}"}, "path must be None with tier='host'"),
+        ({"device_bytes": -1}, "device_bytes must be at least 0"),
+        ({"device_bytes": 2e9}, "device_bytes must be an int"),
+        ({"host_bytes": 10}, "host_bytes must be None with tier='device'"),
+        ({"store": "disk", "path": "{}", "host_bytes": 10}, "host_bytes must hold at least one page"),
+        ({"bank_pages": 1}, "bank_pages must be None with tier='device'"),
+        ({"cold_dtype": torch.float16}, "cold_dtype must be None or torch.int8"),
+        ({"fetch": "gather"}, "fetch must be 'copy' with tier='device'"),
+        ({"store": "host", "fetch": "push"}, "fetch must be one of"),
+        ({"queue_depth": 0}, "queue_depth must be at least 1"),
+        ({"io": "mmap"}, "io must be one of"),
+        ({"direct": 1}, "direct must be a bool"),
+        ({"prefetch": "yes"}, "prefetch must be a bool"),
+    ],
+    ids=str,
+)
+def test_store_options_are_refused_before_the_model_changes(options, message, tmp_path, monkeypatch):
+    """By the rules of KVStore itself, and without a store or a file."""
+    monkeypatch.setattr(_native, "status", lambda: None)
+    options = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in options.items()}
+    model = tiny()
+    before, implementation = dict(vars(model.config)), model.config._attn_implementation
+    with pytest.raises((TypeError, ValueError), match=message):
+        apply_hga(model, ALL, **options)
+    assert dict(vars(model.config)) == before and model.config._attn_implementation == implementation
+    assert not any(m._forward_pre_hooks for m in model.modules()) and not list(tmp_path.iterdir())
+    apply_hga(model, ALL)
+
+
+def test_the_disk_without_the_native_library_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "status", lambda: "not built")
+    with pytest.raises(ImplError, match="tier='disk' needs the native library: not built"):
+        apply_hga(tiny(), ALL, store="disk", path=tmp_path)
+
+
+def test_every_store_option_is_the_stores_own():
+    """What apply_hga passes on and what it names as the model's are together what KVStore takes."""
+    options = set(inspect.signature(check_options).parameters)
+    given = {"config", "rope", "layers", "kv_heads", "head_dim", "batch", "dtype", "device"}
+    assert options | given == set(inspect.signature(KVStore).parameters) and not options & given
 
 
 @pytest.mark.parametrize(

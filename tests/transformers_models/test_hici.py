@@ -115,6 +115,15 @@ def test_a_layer_is_the_module(family, decode):
             assert worst(found[mask[:, cut]], expected[mask[:, cut]]) < TOLERANCE
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_cut_in_force_is_recorded(stored):
+    """That is "token" unless another was given, whether or not the configuration has been a dict in between."""
+    for given, expected in (({}, "token"), ({"cut": "index"}, "index")):
+        config = HiCIConfig(segment_len=8, num_heads=4, bottleneck_dim=16, shared_compress_dim=8, **given)
+        config = HiCIConfig.from_dict(json.loads(json.dumps(config.to_dict()))) if stored else config
+        assert apply_hici(tiny(), config).config.hici["cut"] == expected
+
+
 @pytest.mark.parametrize("family", KINDS)
 def test_generate_equals_the_uncached_model(family):
     """decode="segment" is one semantics: every generated token's logits are those of the whole text at once."""

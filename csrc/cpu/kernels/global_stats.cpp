@@ -1,10 +1,11 @@
 // Statistics of rows, block of channels by block of channels; each lane of a vector is one channel.
 //
-// Eight rows at a time are read once and stay in registers between two sweeps: their mean first, then squared
-// deviations from it. The result is merged into the running state by Chan's rule; values are taken relative to the mean of
-// the sequence's first segment. So memory is read once, and neither mean nor variance is ever a difference of large
-// numbers. The gradient needs no positions of extremes: going through the rows in order, the first one that equals the
-// extreme takes its gradient; in the running form a segment holds the extreme first if the previous group's was another.
+// Eight rows at a time are read once, as distances from the first of them. These stay in registers between two sweeps: their
+// mean first, then squared deviations from it; 16-bit elements need one sweep only (`look`). The result is merged into the
+// running state by Chan's rule, relative to the mean of the sequence's first segment. So memory is read once, and neither
+// mean nor variance is ever a difference of large numbers. The gradient needs no positions of extremes: going through the
+// rows in order, the first one that equals the extreme takes its gradient; in the running form a segment holds the extreme
+// first if the previous group's was another.
 //
 // Roofline. An element costs 6 operations forward (subtract, add, maximum, minimum, subtract, multiply-add), so memory
 // bounds all forms. Bytes: shared forward, local once; causal forward, local once plus 5 rows per segment written;
@@ -28,6 +29,19 @@
 //     trees, fused squares and the loop inlined where its pointers are known 25.6 and 31.4, of which 7 are the way through
 //     Python. Smaller blocks and the prefetch change nothing. By llvm-mca (-mcpu=znver4) the loop takes 5.1 cycles a
 //     vector and row, 11 us at 3.66 GHz.
+// And on one core of a Zen 4, 256 MiB, shared, milliseconds of thread time beside other work (medians of 7 to 11 calls,
+// alternating with a copy of as many bytes, which took 15 to 19):
+//   - 512 channels of a row at a time: 26 float32, 39 bfloat16. A row of 1 KB is a quarter of a page, and neither address
+//     translation nor the processor's own prefetching gets going. 8 KB of a row: 24 and 28.
+//   - distances from the first of eight rows, widening in one instruction, one sweep for 16-bit elements: 20 and 26 (a loop
+//     in the first cache, 16 bfloat16: 1.78 ns, with that widening 1.50, with one sweep 1.17). One sweep of float32 lost
+//     what the standard deviation of 8 rows may not lose (1.13 budgets).
+//   - both vectors of a line of bfloat16 at once: no difference. Prefetch into the second-level cache instead of the first,
+//     which the rows ahead do not fit: 18 and 24. From there on two threads read float32 as fast as a copy.
+//   - without the sums of what rounding takes, where 16 bits do not show it: 13.4 to 11.6 for two threads, bfloat16.
+//   - left: 16 or 32 rows of the next segments merged at once 43 and 33 float32, 54 and 43 bfloat16 (so many streams of
+//     reads defeat every prefetch); all channels of a segment before the next, in narrow blocks: as 8 KB or worse; lines
+//     asked for 256 bytes to 2 KB ahead in the same row: none better.
 #include "../global_stats.h"
 
 #include "lanes.h"
@@ -35,11 +49,8 @@
 namespace hici::cpu::HICI_PATH {
 namespace {
 
-#if defined(HICI_PATH_AVX512)
-constexpr int kTogether = 2;  // vectors: what registers hold of kStatsPiece rows
-#else
-constexpr int kTogether = 1;
-#endif
+// Where rows that come next are brought: a block of them would not fit the first cache beside the present one.
+constexpr int kSecondLevel = 2;
 
 constexpr double kStdFloor = 1e-6, kVarianceFloor = 1e-12;
 
@@ -53,9 +64,16 @@ struct Kernel {
   static void start(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes& planes) {
     const Acc share = 1 / static_cast<Acc>(rows);
     each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
-      V sum = all(Acc(0));
-      for (int64_t r = 0; r < rows; ++r) sum = sum + get(x + r * stride + c, tail);
-      put(planes.shift + c, sum * share);
+      if (rows == kStatsPiece) {  // as begin_rows(): states of one sequence must have the same shift
+        Piece<1> seen;
+        seen.top[0] = seen.low[0] = all(Acc(0));
+        look<kStatsPiece, false>(x + c, stride, 0, seen, tail);
+        put(planes.shift + c, seen.from[0] + seen.own[0]);
+      } else {
+        V sum = all(Acc(0));
+        for (int64_t r = 0; r < rows; ++r) sum = sum + get(x + r * stride + c, tail);
+        put(planes.shift + c, sum * share);
+      }
       put(planes.mean + c, all(Acc(0)));
       put(planes.squares + c, all(Acc(0)));
       if (planes.mean_excess) {
@@ -108,7 +126,13 @@ struct Kernel {
     }
   }
 
-  // Sums of R values as trees: a chain would be waited for.
+  // R rows of U vectors: their first one, their mean seen from it, their squared deviations and all extremes so far.
+  template <int U>
+  struct Piece {
+    V from[U], own[U], spread[U], top[U], low[U];
+  };
+
+  // The sum of R values as a tree: a chain would be waited for.
   template <int R>
   __attribute__((always_inline)) static inline V sum_of(const V* d) {
     V part[R];
@@ -120,47 +144,64 @@ struct Kernel {
       for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
     return part[0];
   }
-  template <int R>
-  __attribute__((always_inline)) static inline V spread_about(const V* d, V own) {
-    V part[R / 2];
-#pragma GCC unroll 4
-    for (int r = 0; r < R / 2; ++r) {
-      const V e = d[r] - own, f = d[r + R / 2] - own;
-      part[r] = fused(f, f, e * e);
-    }
-    return sum_of<R / 2>(part);
-  }
 
-  // R rows, kept in registers between the two sweeps.
+  // Vectors of a line inside, rows outside: rows that lie a power of two apart push each other out of the first cache.
   template <int R, bool Ahead, int U, class Tail>
-  __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead, Planes planes, Weights w, int64_t c,
-                                 Tail tail) {
-    V d[R][U], top[U], low[U], bad = all(Acc(0));
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      const V shift = get(planes.shift + c + u * L);
-      top[u] = get(planes.top + c + u * L);
-      low[u] = get(planes.low + c + u * L);
+  __attribute__((always_inline)) static inline void look(const T* x, int64_t stride, int64_t ahead, Piece<U>& seen,
+                                                         Tail tail) {
+    // Squared deviations as a difference, sum d^2 - (sum d)^2 / R. Since d of the first row is 0, (sum d)^2 / R is at most
+    // (R - 1) / R of the squares, and three bits are lost, which distances of numbers of 8 or 11 bits do not need.
+    constexpr bool kOneSweep = sizeof(T) == 2;
+    V d[U][R], sum[U], squares[U];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const T* const p = x + r * stride + c + u * L;
-        if (Ahead && u % kLine<T> == 0) __builtin_prefetch(p + ahead);
-        const V v = get(p, tail);
-        d[r][u] = v - shift;
-        top[u] = higher(v, top[u]);
-        low[u] = lower(v, low[u]);
+    for (int r = 0; r < R; ++r) {
+      const T* const p = x + r * stride;
+      if (Ahead) __builtin_prefetch(p + ahead, 0, kSecondLevel);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        const V v = get(p + u * L, tail);
+        seen.top[u] = higher(v, seen.top[u]);
+        seen.low[u] = lower(v, seen.low[u]);
+        if (r == 0) seen.from[u] = v;
+        d[u][r] = r == 0 ? all(Acc(0)) : v - seen.from[u];
+        if (!kOneSweep || r == 0) continue;
+        sum[u] = r == 1 ? d[u][r] : sum[u] + d[u][r];
+        squares[u] = r == 1 ? d[u][r] * d[u][r] : fused(d[u][r], d[u][r], squares[u]);
       }
     }
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      V part[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) part[r] = d[r][u];
-      const V sum = sum_of<R>(part), own = sum * w.own;
-      bad = bad + sum;
-      join(planes, c + u * L, w, own, spread_about<R>(part, own));
-      put(planes.top + c + u * L, top[u]);
-      put(planes.low + c + u * L, low[u]);
+      if (!kOneSweep) sum[u] = sum_of<R>(d[u]);
+      seen.own[u] = sum[u] * (Acc(1) / R);
+      if (kOneSweep) {
+        seen.spread[u] = squares[u] - sum[u] * seen.own[u];
+        continue;
+      }
+      V part[R / 2];
+#pragma GCC unroll 4
+      for (int r = 0; r < R / 2; ++r) {
+        const V e = d[u][r] - seen.own[u], f = d[u][r + R / 2] - seen.own[u];
+        part[r] = fused(f, f, e * e);
+      }
+      seen.spread[u] = sum_of<R / 2>(part);
+    }
+  }
+
+  template <int R, bool Ahead, int U, class Tail>
+  __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead,
+                                                                Planes planes, Weights w, int64_t c, Tail tail) {
+    Piece<U> seen;
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) seen.top[u] = get(planes.top + c + u * L), seen.low[u] = get(planes.low + c + u * L);
+    look<R, Ahead>(x + c, stride, ahead, seen, tail);
+    V bad = all(Acc(0));
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const int64_t at = c + u * L;
+      bad = bad + seen.own[u];
+      join(planes, at, w, seen.own[u] + (seen.from[u] - get(planes.shift + at)), seen.spread[u]);
+      put(planes.top + at, seen.top[u]);
+      put(planes.low + at, seen.low[u]);
     }
     if (__builtin_expect(any(is_nan(bad)), 0))
       for (int u = 0; u < U; ++u)
@@ -170,35 +211,26 @@ struct Kernel {
   // The first R rows of a sequence whose segments have no more: start() and absorb_rows() in one, to the same bits.
   template <int R, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void begin_rows(const T* x, int64_t stride, int64_t ahead,
-                                                               Planes planes, Weights w, int64_t c, Tail tail) {
+                                                               Planes planes, int64_t c, Tail tail) {
+    const V highest = all(static_cast<Acc>(__builtin_inf())), none = all(Acc(0));
+    Piece<U> seen;
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) seen.top[u] = none - highest, seen.low[u] = highest;
+    look<R, Ahead>(x + c, stride, ahead, seen, tail);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      V d[R], sum = all(Acc(0));
-      V top = all(-static_cast<Acc>(__builtin_inf())), low = all(static_cast<Acc>(__builtin_inf()));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const T* const p = x + r * stride + c + u * L;
-        if (Ahead && u % kLine<T> == 0) __builtin_prefetch(p + ahead);
-        d[r] = get(p, tail);
-        sum = sum + d[r];
-        top = higher(d[r], top);
-        low = lower(d[r], low);
-      }
-      const V shift = sum * w.own;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) d[r] = d[r] - shift;
-      const V total = sum_of<R>(d), own = total * w.own;
       const int64_t at = c + u * L;
+      const V shift = seen.from[u] + seen.own[u];
       put(planes.shift + at, shift);
-      put(planes.mean + at, own);
-      put(planes.squares + at, spread_about<R>(d, own));
+      put(planes.mean + at, seen.own[u] + (seen.from[u] - shift));
+      put(planes.squares + at, seen.spread[u]);
       if (planes.mean_excess) {
-        put(planes.mean_excess + at, all(Acc(0)));
-        put(planes.squares_excess + at, all(Acc(0)));
+        put(planes.mean_excess + at, none);
+        put(planes.squares_excess + at, none);
       }
-      put(planes.top + at, top);
-      put(planes.low + at, low);
-      if (__builtin_expect(any(is_nan(total)), 0))
+      put(planes.top + at, seen.top[u]);
+      put(planes.low + at, seen.low[u]);
+      if (__builtin_expect(any(is_nan(seen.own[u])), 0))
         spoil(x + at, stride, R, planes.top + at, planes.low + at, tail);
     }
   }
@@ -238,11 +270,11 @@ struct Kernel {
     const Weights w = weights(count, rows);
     const Planes local = planes;
     if (rows == kStatsPiece && ahead)
-      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
         absorb_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
       });
     else if (rows == kStatsPiece)
-      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
         absorb_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, w, c, tail);
       });
     else
@@ -254,15 +286,14 @@ struct Kernel {
       start(x, stride, rows, n, planes);
       return absorb(x, stride, rows, ahead, n, planes, 0);
     }
-    const Weights w = weights(0, rows);
     const Planes local = planes;
     if (ahead)
-      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        begin_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
+      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        begin_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, c, tail);
       });
     else
-      each_vector<kTogether, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        begin_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, w, c, tail);
+      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+        begin_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, c, tail);
       });
   }
 

@@ -5,27 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .. import _outputs
 from . import decode
 from .report import roof
 
 
-def require_matplotlib() -> None:
-    """ValueError naming the extra, before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--chart needs matplotlib: pip install 'hici-kernels[charts]'") from error
-
-
 def write(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """A PNG: median milliseconds with the whole spread, and the share of the roofline as text."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
     heights = [sum("median_s" in s for s in row["sides"].values()) for row in rows]
-    figure = Figure(figsize=(11, 1.6 + 0.42 * sum(heights) + 0.55 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _outputs.figure(11, 1.6 + 0.42 * sum(heights) + 0.55 * len(rows))
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
     for ax, row in zip(axes, rows, strict=True):
         sides = [(n, s) for n, s in row["sides"].items() if "median_s" in s]
@@ -39,19 +28,14 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> No
         ax.margins(x=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("milliseconds, median; whisker = fastest to slowest")
-    figure.suptitle(f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(_where(machine), fontsize=10)
+    _outputs.save_chart(figure, path)
 
 
 def write_rows(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """A PNG of the suite "hga": milliseconds of every side on a logarithmic axis, with the whole spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     heights = [sum("median_s" in s for s in row["sides"].values()) for row in rows]
-    figure = Figure(figsize=(11, 1.6 + 0.36 * sum(heights) + 0.55 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _outputs.figure(11, 1.6 + 0.36 * sum(heights) + 0.55 * len(rows))
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
     for ax, row in zip(axes, rows, strict=True):
         sides = [(n, s) for n, s in row["sides"].items() if "median_s" in s]
@@ -67,24 +51,19 @@ def write_rows(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) 
         ax.margins(x=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("milliseconds, median; whisker = fastest to slowest")
-    figure.suptitle(f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(_where(machine), fontsize=10)
+    _outputs.save_chart(figure, path)
 
 
-def decode_path(path: Path) -> Path:
-    """Where the second chart goes: beside the first."""
-    return path.with_name(f"{path.stem}-decode{path.suffix}")
+def beside(path: Path, what: str) -> Path:
+    """Where a second chart goes: beside the first."""
+    return path.with_name(f"{path.stem}-{what}{path.suffix}")
 
 
 def write_decode(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     """A PNG: microseconds a call over cached keys, one panel per dtype and kind, one colour per number of queries."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys((r["dtype"], r["slots"]) for r in rows))
-    figure = Figure(figsize=(13, 4.6 * -(-len(kinds) // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _outputs.figure(13, 4.6 * -(-len(kinds) // 2))
     panels = figure.subplots(-(-len(kinds) // 2), 2, squeeze=False).flatten()
     for ax, (dtype, slots) in zip(panels, kinds, strict=False):
         of = [r for r in rows if (r["dtype"], r["slots"]) == (dtype, slots)]
@@ -109,7 +88,31 @@ def write_decode(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path
         ax.legend(fontsize=8)
     for ax in panels[len(kinds) :]:
         ax.set_axis_off()
-    where = f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}"
-    figure.suptitle(f"solid: ours, dashed: PyTorch, cross: ours is slower. {where}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"solid: ours, dashed: PyTorch, cross: ours is slower. {_where(machine)}", fontsize=10)
+    _outputs.save_chart(figure, path)
+
+
+def write_store(stored: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """A PNG of the history on disk: milliseconds of a decode step in memory, on disk and dense; GB/s of reading."""
+    figure = _outputs.figure(13, 4.8 * len(stored))
+    for (times, rates), found in zip(figure.subplots(len(stored), 2, squeeze=False), stored, strict=True):
+        sides = [(f"{s['routes']}, {t}", s[t], i) for s in found["steps"] for i, t in enumerate(("host", "disk"))]
+        sides += [(name, s, 2) for name, s in found["dense"].items()]
+        for y, (_, s, colour) in enumerate(reversed(sides)):
+            ms, low, high = (1e3 * s[k] for k in ("median_s", "fastest_s", "slowest_s"))
+            times.barh(y, ms, color=f"C{colour}", xerr=[[ms - low], [high - ms]], ecolor="0.25", capsize=3)
+            times.text(high, y, f"  {ms:.3g} ms", va="center", fontsize=9)
+        times.set_xscale("log")
+        times.set_yticks(range(len(sides)), [name for name, _, _ in reversed(sides)], fontsize=9)
+        times.set_xlabel("milliseconds of a decode step of a layer, median; whisker = fastest to slowest")
+        times.margins(x=0.3)
+        readers = ("bare", "threads", "tier")
+        rates.bar(readers, [found["reading"][name]["gb_per_s"] for name in readers])
+        rates.set_ylabel("GB/s read at random")
+        rates.set_title(found["size"]["text"], fontsize=8, loc="left", wrap=True)
+    figure.suptitle(_where(machine), fontsize=10)
+    _outputs.save_chart(figure, path)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _outputs
 from . import ceilings as limits
 from . import chart, decode, hga_layer, kv_store, machine, report
 from .case import Case
@@ -58,8 +56,6 @@ def run(
     if path is not None and path not in _native.paths():
         known = ", ".join(_native.paths()) or f"none: {_native.status()}"
         raise ValueError(f"--path must be among those that this machine runs ({known}), got {path!r}")
-    if chart_path is not None:
-        chart.require_matplotlib()
     if suite == "gpu":
         from . import gpu_run
 
@@ -77,6 +73,7 @@ def run(
         for option, given in (("--impl", impls), ("--dtype", dtype)):
             if given is not None:
                 raise ValueError(f"{option} has no meaning with --suite {HGA}, got {given!r}")
+        _outputs.prepare(json_path, chart_path)
         return _hga(chosen, threads=threads, rounds=rounds, json_path=json_path, chart_path=chart_path, path=path)
     wanted = None if kind is None else DTYPES[kind]
     cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
@@ -84,6 +81,7 @@ def run(
     if not cases and not points:
         kinds = "" if kind is None else f" with --dtype {kind}"
         raise ValueError(f"--suite {suite} has no case of --op {', '.join(chosen)}{kinds}")
+    _outputs.prepare(json_path, chart_path)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
@@ -101,12 +99,11 @@ def run(
     if result["goals"]:
         report.show_goals(console, result["goals"])
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _outputs.write_json(json_path, result)
     if chart_path is not None and rows:
         chart.write(rows, result["machine"], chart_path)
     if chart_path is not None and decoded:
-        chart.write_decode(decoded, result["machine"], chart.decode_path(chart_path))
+        chart.write_decode(decoded, result["machine"], chart.beside(chart_path, "decode") if rows else chart_path)
     wrong = report.failures(rows, decoded)
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
@@ -148,10 +145,11 @@ def _hga(
         kv_store.show(lambda line: console.print(line, markup=False), found)
     report.show_ceilings(console, after, "ceilings again, after all cases")
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _outputs.write_json(json_path, result)
     if chart_path is not None and rows:
         chart.write_rows(rows, where, chart_path)
+    if chart_path is not None and stored:
+        chart.write_store(stored, where, chart.beside(chart_path, "kv_store") if rows else chart_path)
     wrong = [r["name"] for r in rows if r["sides"][hga_layer.OURS]["correct"] is False]
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
@@ -167,15 +165,13 @@ def _measure(
     ceilings = limits.measure(dtypes)
     report.show_machine(console, where, ceilings)
     plan = [(c, backward) for c in cases for backward in ((False, True) if c.differentiable else (False,))]
-    bar = Console(stderr=True)
     rows = [
         measure(case, sides, rounds, ceilings, backward=backward)
-        for case, backward in track(plan, "measuring", console=bar, transient=True)
+        for case, backward in _outputs.progress(plan, "measuring")
     ]
     impl = sides[0] if sides else None
     decoded = [
-        decode.measure(point, impl, rounds, ceilings)
-        for point in track(points, "decode-sized calls", console=bar, transient=True)
+        decode.measure(point, impl, rounds, ceilings) for point in _outputs.progress(points, "decode-sized calls")
     ]
     return {
         "machine": where,

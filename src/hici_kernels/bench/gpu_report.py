@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import _outputs
+
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -80,15 +82,11 @@ def show_rows(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def write_chart(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     """A PNG: TFLOP/s of attention, GB/s of the others, one bar per side, the share of the ceiling as text."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [(row, [(n, s) for n, s in row["sides"].items() if "median_s" in s]) for row in rows]
     shown = [(row, sides) for row, sides in shown if sides]
     names = list(dict.fromkeys(n for _, sides in shown for n, _ in sides))
     heights = [len(sides) + 1 for _, sides in shown] or [1]
-    figure = Figure(figsize=(11, 1.4 + 0.34 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _outputs.figure(11, 1.4 + 0.34 * sum(heights))
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (row, sides) in zip(axes, shown, strict=False):
         bound = "flops" if row["op"] == "attention" else "bytes"
@@ -107,5 +105,4 @@ def write_chart(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -
     figure.suptitle(
         f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {where['time']}", fontsize=10
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _outputs.save_chart(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import sys
 import time
@@ -14,12 +13,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _outputs
 from . import gpu_report, machine
-from .chart import require_matplotlib
 from .gpu_case import GpuCase
 from .gpu_cases import cases
 from .gpu_checks import OPS, checks, implementations, run_check
@@ -44,7 +41,6 @@ def run(
         ValueError: no GPU, nothing to check and measure on it, or an operation that is not measured on one.
     """
     device = require_gpu("--suite gpu")
-    require_matplotlib()
     foreign = [op for op in ops or () if op not in OPS]
     if foreign:
         raise ValueError(f"--suite gpu measures {', '.join(OPS)}, not {', '.join(foreign)}")
@@ -100,15 +96,15 @@ def measure_all(
     limits: Callable[..., dict[str, Any]] = ceilings,
 ) -> int:
     """The whole command on a given device with a given clock."""
+    _outputs.prepare(json_path, chart_path)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    progress = functools.partial(track, console=Console(stderr=True), transient=True)
     ops = tuple(dict.fromkeys(c.op for c in plan))
     sides = {op: implementations(op, impls) for op in ops}
     where = machine.describe() | {"device": gpu_report.device_name(device), "triton": gpu_report.triton_version()}
     gpu_report.show_machine(console, where)
 
     records = []
-    for problem in progress(list(checks(device, ops)), "checking"):
+    for problem in _outputs.progress(list(checks(device, ops)), "checking"):
         records += run_check(problem, sides[problem.op])
     gpu_report.show_checks(console, records)
     wrong = {(r["op"], r["impl"]) for r in records if r["correct"] is False}
@@ -119,12 +115,11 @@ def measure_all(
     with repeatable_backward():
         # an operation without a backward of its own has no work there
         pairs = [(c, d) for c in plan for d in DIRECTIONS if c.work(d).bytes]
-        for case, direction in progress(pairs, "measuring"):
+        for case, direction in _outputs.progress(pairs, "measuring"):
             right = [i for i in sides[case.op] if (case.op, i) not in wrong]
             rows.append(measure(case, direction, right, device, clock, rounds, found))
     gpu_report.show_rows(console, rows)
 
-    json_path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": where,
         "ceilings": found,
@@ -134,7 +129,7 @@ def measure_all(
         "checks": records,
         "cases": rows,
     }
-    json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _outputs.write_json(json_path, result, indent=1)
     gpu_report.write_chart(rows, where, chart_path)
     console.print(f"written: {json_path}, {chart_path}", markup=False)
     lines = [f"{r['op']} {r['case']} {r['dtype']}: {r['impl']}" for r in records if r["correct"] is False]

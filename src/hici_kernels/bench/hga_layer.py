@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _native
+from .._outputs import progress
 from ..config import HGAConfig
 from ..demo.hga_part import rope_of
 from ..demo.lm import ByteLM, dense_causal
@@ -503,14 +504,19 @@ def prefill_rows(sizes: Sizes) -> list[dict[str, Any]]:
 def measure(rounds: int, ceilings: dict[str, Any], sizes: Sizes | None = None) -> list[dict[str, Any]]:
     """All rows of the suite."""
     sizes = sizes or Sizes()
+
+    def with_supers() -> list[dict[str, Any]]:
+        return [far_row(sizes, rounds, ceilings, SUPERS) | {"recall": recall(sizes.trace, SUPERS)}]
+
+    parts: list[Callable[[], list[dict[str, Any]]]] = [
+        lambda: decode_rows(sizes, rounds, ceilings),
+        lambda: [far_row(sizes, rounds, ceilings, HGAConfig())],
+        with_supers,
+        lambda: [batch_row(sizes, rounds, ceilings)],
+        lambda: prefill_rows(sizes),
+    ]
     with torch.no_grad():
-        rows = decode_rows(sizes, rounds, ceilings)
-        rows.append(far_row(sizes, rounds, ceilings, HGAConfig()))
-        rows.append(far_row(sizes, rounds, ceilings, SUPERS))
-        rows[-1]["recall"] = recall(sizes.trace, SUPERS)
-        rows.append(batch_row(sizes, rounds, ceilings))
-        rows += prefill_rows(sizes)
-    return rows
+        return [row for part in progress(parts, "measuring") for row in part()]
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._outputs import progress
 from ..config import HGAConfig
 from ..demo.lm import ByteLM
 from ..kv import KVStore, in_place, step
@@ -38,6 +39,7 @@ from .run import alternate
 from .shapes import Layer, drawn
 
 DEPTH = 32
+STAGES = ("size", "reading", "steps", "parts", "memory", "dense", "growth", "cold")
 WARM = 3  # steps before the first that counts
 REQUEST = 512  # pages: what 32 query heads that agree in nothing open in one step of a layer
 
@@ -71,22 +73,28 @@ def measure(size: Size = FULL, directory: str | None = None, rounds: int = 7) ->
     Raises:
         ImplError: no native library.
     """
-    torch.manual_seed(0)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=directory) as path, torch.no_grad():
-        with _filled(size, "disk", path) as far:
-            found: dict[str, Any] = {"size": _described(size, far), "reading": _reading(far, size, rounds)}
-            with _filled(size, "host", None) as near:
-                trace = _trace(size)
-                found["steps"] = [
-                    _steps(near, far, size, routes, trace)
-                    for routes in ("replayed", "replayed, no prefetch", "disjoint")
-                ]
-                found["parts"] = _parts(near, size, trace)
-            found["memory"] = _memory(far)
-        found["dense"] = _dense(size, rounds)
-        found["growth"] = _growth(size, path)
-        found["cold"] = _cold(size)
+        for name, value in progress(_measured(size, path, rounds), "history on disk", total=len(STAGES)):
+            found[name] = value
     return found
+
+
+def _measured(size: Size, path: str, rounds: int) -> Iterator[tuple[str, Any]]:
+    """The results by the names in STAGES, in that order."""
+    torch.manual_seed(0)
+    with _filled(size, "disk", path) as far:
+        yield "size", _described(size, far)
+        yield "reading", _reading(far, size, rounds)
+        with _filled(size, "host", None) as near:
+            trace = _trace(size)
+            kinds = ("replayed", "replayed, no prefetch", "disjoint")
+            yield "steps", [_steps(near, far, size, routes, trace) for routes in kinds]
+            yield "parts", _parts(near, size, trace)
+        yield "memory", _memory(far)
+    yield "dense", _dense(size, rounds)
+    yield "growth", _growth(size, path)
+    yield "cold", _cold(size)
 
 
 def goals(found: dict[str, Any]) -> list[dict[str, Any]]:

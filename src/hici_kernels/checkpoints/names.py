@@ -20,7 +20,10 @@ _OLD = (
 )
 _WRAPPED = (".base_layer.", ".modules_to_save.default.")
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight$")
-_LAYER = re.compile(r"\.layers\.(\d+)\.self_attn\.(local_constructor|global_integrator)\.(.+)$")
+# a model without a head has its layers at the top
+_LAYER = re.compile(
+    r"^(?P<decoder>(?:.*\.)?)layers\.(?P<layer>\d+)\.self_attn\.(?P<name>(?:local_constructor|global_integrator)\..+)$"
+)
 
 
 def canonical(name: str) -> str | None:
@@ -51,8 +54,14 @@ def lora_parts(name: str) -> tuple[str, str]:
 
 def slot_parts(name: str) -> tuple[int, str] | None:
     """Layer and name inside the attention module of a slot tensor, None for any other tensor."""
-    found = _LAYER.search(name)
-    return None if found is None else (int(found[1]), f"{found[2]}.{found[3]}")
+    found = _LAYER.match(name)
+    return None if found is None else (int(found["layer"]), found["name"])
+
+
+def decoder_prefix(name: str) -> str | None:
+    """What stands before ``layers`` in the name of a slot tensor: "model.", or "" in a model without a head."""
+    found = _LAYER.match(name)
+    return None if found is None else found["decoder"]
 
 
 def is_trainable(name: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from .. import _checks, _outputs
 from .checkpoints import _dtype, fields
 
 
@@ -26,19 +26,29 @@ def run(
     dtype: str | None,
     device: str,
     json_path: Path | None,
+    chart_path: Path | None,
 ) -> None:
-    """Answer the prompts given, or those typed in until the end of input."""
+    """Answer the prompts given, or those typed in until the end of input.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before the model is read.
+    """
     from ..integrations.chat import Conversation, open_model
 
+    _checks.integer("--max-new-tokens", max_new_tokens, 1)
+    _checks.number("--temperature", temperature)
+    if temperature < 0:
+        raise ValueError(f"--temperature must not be negative, got {temperature}")
+    attached = "" if file is None else file.read_text(encoding="utf-8") + "\n\n"
     values = fields(settings)
+    _outputs.prepare(json_path, chart_path)
     opened = open_model(
         model, method, config=values, adapter=adapter, store=store, device=device, dtype=_dtype(dtype),
-        **fields(store_settings),
+        **fields(store_settings, "--store-set"),
     )  # fmt: skip
     conversation = Conversation(*opened)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     turns = []
-    attached = "" if file is None else file.read_text(encoding="utf-8") + "\n\n"
     typer.echo(f"{model.name} · {method}" + (f" · history in {store}" if method == "hga" else ""))
     try:
         for text in prompts or _typed():
@@ -50,8 +60,26 @@ def run(
     finally:
         conversation.close()
     if json_path is not None:
-        content = {"model": str(model), "method": method, "store": store, "turns": turns}
-        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _outputs.write_json(json_path, {"model": str(model), "method": method, "store": store, "turns": turns})
+    if chart_path is not None:
+        _write_chart(turns, f"{model.name}, {method}", chart_path)
+
+
+def _write_chart(turns: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Tokens per second of every answer, and the seconds that its reading and its writing took."""
+    figure = _outputs.figure(8, 4.8)
+    speed, cost = figure.subplots(2, 1, sharex=True)
+    at = range(1, len(turns) + 1)
+    speed.bar(at, [t["tokens_per_s"] for t in turns])
+    speed.set(ylabel="tokens written per s")
+    reading = [t["prefill_s"] for t in turns]
+    cost.bar(at, reading, label="reading")
+    cost.bar(at, [t["decode_s"] for t in turns], bottom=reading, label="writing")
+    cost.set(ylabel="seconds", xlabel="prompt")
+    cost.set_xticks(list(at))
+    cost.legend()
+    speed.set_title(title, fontsize=9, loc="left")
+    _outputs.save_chart(figure, path)
 
 
 def _show(piece: str) -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import typer
 
 
-def fields(texts: list[str]) -> dict[str, Any]:
-    """``name=value`` options; values are JSON, or text where they are none."""
+def fields(texts: list[str], option: str = "--set") -> dict[str, Any]:
+    """``name=value`` options; values are JSON, or text where they are none.
+
+    A whole number may be written like 2e9; options that are no integers take integers too.
+    """
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set takes name=value, got {text!r}")
+            raise ValueError(f"{option} takes name=value, got {text!r}")
         try:
-            found[name.strip()] = json.loads(value)
+            found[name.strip()] = json.loads(value, parse_float=_number)
         except json.JSONDecodeError:
             found[name.strip()] = value
     return found
+
+
+def _number(literal: str) -> int | float:
+    value = float(literal)
+    # Decimal: a float is not exact beyond 2 ** 53
+    return int(Decimal(literal)) if "e" in literal.lower() and value.is_integer() else value
 
 
 def merge(base: Path, checkpoint: Path, out: Path, keep_slots: bool, settings: list[str], dtype: str | None) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import _outputs
+
 app = typer.Typer(no_args_is_help=True, help="Evaluate a local model: every result says method, mode, leak, density.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="Directory of a model and its tokenizer, or: demo.")]
@@ -82,13 +84,6 @@ def _finish(result: dict[str, Any], json: Path | None, chart: Path | None) -> No
         report.write_chart(result, chart)
 
 
-def _check_chart(chart: Path | None) -> None:
-    if chart is not None:
-        from ..evaluate.report import require_charts
-
-        require_charts()
-
-
 @app.command()
 def prepare(
     text: Annotated[list[Path], typer.Argument(help="Text files (UTF-8), joined in this order.")],
@@ -96,11 +91,13 @@ def prepare(
     model: ModelOption = "demo",
     whole: Annotated[bool, typer.Option("--whole", help="Encode all at once with special tokens (Llama-2).")] = False,
     piece: Annotated[int, typer.Option("--piece", help="Characters encoded at a time otherwise.")] = 1_000_000,
+    json: JsonOption = None,
 ) -> None:
     """Tokenise text into a flat memory map (uint16 up to 65535 symbols, else uint32)."""
     with _errors():
         from ..evaluate import tokens
 
+        _outputs.prepare(json)
         tokenizer: Any = tokens.ByteTokenizer()
         if model != "demo":
             from transformers import AutoTokenizer
@@ -110,6 +107,8 @@ def prepare(
             tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         record = tokens.prepare(text, tokenizer, out, piece=None if whole else piece)
         typer.echo(f"{record['tokens']:,} tokens ({record['dtype']}) in {out}")
+        if json is not None:
+            _outputs.write_json(json, {**record, "file": str(out)})
 
 
 @app.command()
@@ -134,7 +133,7 @@ def ppl(
     with _errors():
         from ..evaluate import perplexity, tokens
 
-        _check_chart(chart)
+        _outputs.prepare(json, chart)
         sizes = _numbers("--lengths", lengths, int)
         chosen = perplexity.PROTOCOLS if protocol == "both" else (protocol,)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
@@ -165,7 +164,7 @@ def passkey(
     with _errors():
         from ..evaluate import passkey as task
 
-        _check_chart(chart)
+        _outputs.prepare(json, chart)
         sizes, places = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
         _finish(task.run(opened, sizes, places, trials=trials, seed=seed), json, chart)
@@ -192,7 +191,7 @@ def topics(
     with _errors():
         from ..evaluate import topics as task
 
-        _check_chart(chart)
+        _outputs.prepare(json, chart)
         numbers = _numbers("--topics", counts, int)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
         _finish(task.run(opened, numbers, cases=cases, file=file, seed=seed, new_tokens=new_tokens), json, chart)
@@ -219,7 +218,7 @@ def _harness(group: str) -> Any:
         with _errors():
             from ..evaluate import harness
 
-            _check_chart(chart)
+            _outputs.prepare(json, chart)
             harness.require()
             if model == "demo":
                 raise ValueError("the harness needs a directory with a tokenizer, got --model demo")

@@ -22,6 +22,7 @@ app = typer.Typer(
 app.add_typer(evaluation, name="eval")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+ChartOption = Annotated[Path | None, typer.Option("--chart", help="Write a chart (PNG) to this file.")]
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ def bench(
     path: Annotated[str | None, typer.Option("--path", help="Instruction set: base, avx512, avx512_bf16, amx.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Timed rounds of every side.")] = 7,
     json: JsonOption = None,
-    chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart (PNG) to this file.")] = None,
+    chart: ChartOption = None,
 ) -> None:
     """Check, then measure: every implementation beside plain PyTorch doing the same work."""
     with user_errors():
@@ -178,6 +179,7 @@ def chat(
     dtype: WeightsOption = None,
     device: Annotated[str, typer.Option("--device", help="Of the model.")] = "cpu",
     json: JsonOption = None,
+    chart: ChartOption = None,
 ) -> None:
     """Talk to a local model with long-context attention; tokens per second and memory per tier after every answer."""
     with user_errors():
@@ -197,6 +199,7 @@ def chat(
             dtype,
             device,
             json,
+            chart,
         )
 
 
@@ -226,12 +229,13 @@ def train(
     resume: ResumeOption = True,
     report_to: ReportOption = "none",
     json: JsonOption = None,
+    chart: ChartOption = None,
 ) -> None:
     """Continued pre-training with HiCI. Several processes: torchrun or accelerate launch -m hici_kernels train ..."""
     with user_errors():
         from .train import run
 
-        run("text", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json)
+        run("text", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json, chart)
 
 
 @app.command()
@@ -246,12 +250,13 @@ def sft(
     resume: ResumeOption = True,
     report_to: ReportOption = "none",
     json: JsonOption = None,
+    chart: ChartOption = None,
 ) -> None:
     """Instruction tuning with HiCI: the loss is on answers only. Launched like train."""
     with user_errors():
         from .train import run
 
-        run("answers", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json)
+        run("answers", model, data, out, engine, recipe, settings or [], adapter, resume, report_to, json, chart)
 
 
 if __name__ == "__main__":

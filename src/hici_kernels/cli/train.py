@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from .. import _outputs
 from .checkpoints import fields
 
 #: the published fine-tuning differs from continued pre-training in this
@@ -27,6 +28,7 @@ def run(
     resume: bool,
     report_to: str,
     json_path: Path | None,
+    chart_path: Path | None,
 ) -> None:
     """Build the recipe from defaults, file and options, and train."""
     from ..train import Recipe
@@ -39,8 +41,10 @@ def run(
             raise ValueError(f"{recipe_path} must hold a JSON object, got {type(content).__name__}")
         values |= {k: v for k, v in content.items() if k != "kind"}
     values |= fields(settings)
+    made = Recipe.from_dict(values)
+    _outputs.prepare(json_path, chart_path)
     done = train(
-        model, data, out, Recipe.from_dict(values), kind=kind, engine=engine, checkpoint=adapter, resume=resume,
+        model, data, out, made, kind=kind, engine=engine, checkpoint=adapter, resume=resume,
         report_to=report_to,
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
@@ -48,4 +52,19 @@ def run(
     typer.echo(f"{done['step']} steps, loss {done['loss']}; metrics in {done['metrics']}")
     typer.echo(f"checkpoint in {done['result']}: hici merge {model} {done['result']} OUT")
     if json_path is not None:
-        json_path.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        _outputs.write_json(json_path, done)
+    if chart_path is not None:
+        write_chart(Path(done["metrics"]), chart_path)
+
+
+def write_chart(metrics: Path, path: Path) -> None:
+    """A PNG of the loss over the steps of a run, those before it was resumed included."""
+    entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    logged = [entry for entry in entries if "loss" in entry]
+    figure = _outputs.figure(8, 4.8)
+    ax = figure.subplots()
+    ax.plot([entry["step"] for entry in logged], [entry["loss"] for entry in logged], marker="o", markersize=3)
+    ax.set(xlabel="step", ylabel="loss, nats per token")
+    ax.set_title(str(metrics), fontsize=8, loc="left")
+    ax.grid(alpha=0.3)
+    _outputs.save_chart(figure, path)

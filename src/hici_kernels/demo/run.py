@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import platform
 import sys
 import time
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from .. import _outputs
 from .hga_part import (
     BUDGETS,
     FULL_LIMIT,
@@ -114,13 +114,12 @@ def run(
     model = ByteLM.load()
     plan = _plan(model, text, context, quick)
     target = json_path if json_path is not None else out / "demo.json"
-    if target.is_dir():
-        raise ValueError(f"json must be a file, got the folder {str(target)!r}")
-    for name, folder in (("out", out), ("json's folder", target.parent)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{name} must be one that can be made, got {str(folder)!r}: {error.strerror}") from error
+    _outputs.prepare(json_path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be one that can be made, got {str(out)!r}: {error.strerror}") from error
+    _outputs.prepare(target)
 
     _introduce(console, model, plan, text)
     with torch.no_grad():
@@ -148,7 +147,7 @@ def run(
 
     files = _pictures(console, plan, rows, found.routes, out)
     body = _report(model, plan, text, found, time.perf_counter() - began)
-    target.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    _outputs.write_json(target, body, indent=1)
     console.print(f"{body['seconds']:.0f} s in all. Written:")
     for file in (*files, target):
         console.print(f"  {escape(str(file))}", soft_wrap=True)

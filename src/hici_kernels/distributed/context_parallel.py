@@ -66,7 +66,7 @@ class ContextParallel:
 
     def serves(self, config: HiCIConfig) -> bool:
         """Whether a layer's configuration is the one given here (apply_hici fills in a ``cut`` that was left open)."""
-        return self.config.with_default_cut(config.cut or "index") == config
+        return self.config.with_default_cut(config.cut) == config.with_default_cut()
 
     def split(self, length: int, cu_seqlens: Tensor | None = None) -> ShardPlan:
         """Plan the next sequence: S tokens, or packed documents by their offsets int32 [docs+1]. No communication."""

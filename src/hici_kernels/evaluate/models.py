@@ -13,6 +13,7 @@ from .. import _checks
 from ..config import LEAK_FREE_MODES, HGAConfig, HiCIConfig
 from .density import density_of
 from .leak import Verdict, leak_test
+from .memory import memory_for
 from .tokens import ByteTokenizer
 
 METHODS = ("none", "hga", "hici", "dca")
@@ -41,9 +42,14 @@ class Evaluated:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, keep: int = 0) -> Tensor:
-        """float32 logits [B, S, V] of ids [B, S], one forward without a cache; only the last ``keep`` if positive."""
-        out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=keep)
-        return out.logits.float()
+        """float32 logits [B, S, V] of ids [B, S], one forward without a cache; only the last ``keep`` if positive.
+
+        Raises:
+            ValueError: naming S, where that does not fit into memory.
+        """
+        with memory_for(ids.shape[1]):
+            out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=keep)
+            return out.logits.float()
 
     def leak(self, length: int, seed: int = 0) -> Verdict:
         """Whether logits depend on later tokens, by changing those (see :func:`leak_test`)."""
@@ -52,7 +58,8 @@ class Evaluated:
     def describe(self, length: int, seed: int) -> dict[str, Any]:
         """Method, mode, leak, density, seed: the head of every result."""
         mode = self.config.context_mode if isinstance(self.config, HiCIConfig) else None
-        verdict = self.leak(length, seed)
+        with memory_for(length):
+            verdict = self.leak(length, seed)
         return {
             "model": self.name,
             "method": self.method,
@@ -103,6 +110,7 @@ def open_model(
     from ..integrations.hici import config_of
 
     values = dict(config or {})
+    place = _checks.device("device", device)
     found: Any
     if str(model) == DEMO:
         if adapter is not None:
@@ -110,7 +118,7 @@ def open_model(
         found, tokenizer = demo_model(), ByteTokenizer()
         if dtype is not None:
             found = found.to(dtype)
-        found = found.to(device)
+        found = found.to(place)
         if method == "hici":
             apply_hici(found, HiCIConfig.from_dict(values))
         name = DEMO

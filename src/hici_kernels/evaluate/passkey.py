@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
+from .._outputs import progress
 from .generation import continue_greedily
 from .models import Evaluated
-from .report import progress
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "

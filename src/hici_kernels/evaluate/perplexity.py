@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import _checks
+from .._outputs import progress
 from .models import Evaluated
-from .report import progress
 
 PROTOCOLS = ("sliding", "last")
 

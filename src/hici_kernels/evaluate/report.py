@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from .. import _optional
+from .. import _outputs
 
 _COLUMNS = {
     "perplexity": ("length", "protocol", "loss", "loss_se", "perplexity", "windows", "valid"),
     "topics": ("topics", "cases", "accuracy"),
     "passkey": (),
 }
-
-
-T = TypeVar("T")
-
-
-def progress(items: Sequence[T], text: str) -> Iterable[T]:
-    """``items``, with a bar on stderr while they last."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, text, console=Console(stderr=True), transient=True)
-
-
-def require_charts() -> None:
-    """ValueError naming the extra, before anything is computed."""
-    reason = _optional.missing("matplotlib", "charts")
-    if reason is not None:
-        raise ValueError(f"--chart needs a package: {reason}")
 
 
 def statement(row: dict[str, Any]) -> str:
@@ -86,18 +66,12 @@ def _cell(value: Any) -> str:
 
 def write_json(result: dict[str, Any], path: Path) -> None:
     """The result with the versions it was made with."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**result, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _outputs.write_json(path, {**result, "torch": torch.__version__, "threads": torch.get_num_threads()})
 
 
 def write_chart(result: dict[str, Any], path: Path) -> None:
     """Passkey: a heat map. Perplexity: loss over length. Others: bars."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _outputs.figure(8, 4.8)
     ax = figure.subplots()
     rows = result["rows"]
     if result["task"] == "passkey":
@@ -132,5 +106,4 @@ def write_chart(result: dict[str, Any], path: Path) -> None:
         ax.set_yticks(range(len(rows)), names)
         ax.set_xlabel(key if result["task"] != "topics" else "accuracy, by number of topics")
     ax.set_title("\n".join(dict.fromkeys(statement(r) for r in rows[:2])), fontsize=7, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _outputs.save_chart(figure, path, dpi=120)

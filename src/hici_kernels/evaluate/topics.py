@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
+from .._outputs import progress
 from .generation import continue_greedily
 from .models import Evaluated
-from .report import progress
 
 QUESTION = "\n ASSISTANT: The first topic we discussed was"
 STOPS = ("\n USER:", "\nUSER:", " USER:", "\n")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from ..config import HGAConfig
-from .hga import apply_hga
+from .hga import apply_hga, check_store
 from .hga_cache import HGACache
 from .hici_cache import HiCILayer
 from .host import Host
@@ -56,6 +57,10 @@ def open_model(
     """A model directory with a method applied, and its tokenizer.
 
     ``config``: fields of HGAConfig or HiCIConfig; for "hici" without an adapter the directory must be a merged one.
+    ``store`` and ``options``: of :func:`apply_hga`, for method "hga" alone.
+
+    Raises:
+        ValueError, TypeError: naming the argument; what can be told without the model, before it is read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,6 +69,12 @@ def open_model(
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    place = _checks.device("device", device)
+    if method == "hga":
+        routed = HGAConfig.from_dict(dict(config or {}))
+        check_store(store, options)
+    elif options:
+        raise ValueError(f"{next(iter(options))} is an option of the store of method 'hga', got method={method!r}")
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
     values = dict(config or {})
@@ -76,9 +87,9 @@ def open_model(
                 "HiCIConfig fields that shapes cannot tell"
             )
         model = load_hici(model, directory, **values)
-    model = model.to(device).eval()
+    model = model.to(place).eval()
     if method == "hga":
-        apply_hga(model, HGAConfig.from_dict(values), store=store, **options)
+        apply_hga(model, routed, store=store, **options)
     return model, tokenizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor, nn
 from .. import _checks
 from .._dispatch import check_impl
 from ..config import HGAConfig
-from ..kv.store import TIERS
+from ..kv.layout import Layout
+from ..kv.meter import TIERS
+from ..kv.options import DEFAULT_HOST_BYTES, bank_slots, check_options
+from ..kv.page_file import require_native
+from ..kv.store import KVStore
 from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import check_config
 from .hga_cache import HGALayer, HGASettings, layer_of
@@ -59,7 +65,8 @@ def apply_hga(
         config: :class:`HGAConfig`.
         store: tier of the history: "device", "host" or "disk".
         impl: implementation of the operations.
-        store_options: further arguments of :class:`KVStore`, such as device_bytes, host_bytes, path.
+        store_options: further arguments of :class:`KVStore`: device_bytes, host_bytes, path, cold_dtype, bank_pages,
+            fetch, queue_depth, io, direct, prefetch. Sizes, batch, dtype and device are the model's.
 
     Returns:
         ``model``; :func:`restore` takes the change back. ``model.config.hga`` records it, so save_pretrained keeps it;
@@ -69,10 +76,11 @@ def apply_hga(
     "longrope"), interleaved rotation, packed documents, static and quantized caches, attention dropout.
 
     Raises:
-        TypeError, ValueError: before anything has changed.
+        TypeError, ValueError: before anything has changed, naming the argument, those of the store included.
+        ImplError (a ValueError): store="disk" without the native library.
     """
     check_config(config)
-    _checks.choice("store", store, TIERS)
+    check_store(store, store_options)
     check_impl(impl)
     host = Host.of(model)
     host.check_free("apply_hga")
@@ -90,6 +98,8 @@ def apply_hga(
         if not torch.equal(other.inv_freq, rope.inv_freq):
             raise ValueError("all layers with full attention must rotate alike")
     kv_heads, head_dim = sizes.pop()
+    if store == "disk":
+        _check_bank(config, kv_heads, head_dim, **store_options)
     settings = HGASettings(config, rope, len(served), kv_heads, head_dim, store, dict(store_options), impl)
     register(NAME, hga_forward)
     note = Note("apply_hga", host.set_attention(NAME), config_fields=("hga",))
@@ -98,6 +108,41 @@ def apply_hga(
     host.model.config.hga = config.to_dict()
     host.notes.append(note)
     return model
+
+
+def check_store(store: str, options: Mapping[str, Any]) -> None:
+    """Whether a :class:`KVStore` of any model would take this tier and these options; nothing is made.
+
+    Raises:
+        TypeError, ValueError: naming the argument. ImplError: store="disk" without the native library.
+    """
+    _checks.choice("store", store, TIERS)
+    parameters = inspect.signature(KVStore).parameters
+    known = [name for name in inspect.signature(check_options).parameters if name != "tier"]
+    for name, value in options.items():
+        if name == "tier":
+            raise ValueError(f"tier is the argument store here, got tier={value!r}")
+        if name in parameters and name not in known:
+            raise ValueError(f"{name} is the model's, expected no such store option, got {name}={value!r}")
+        if name not in known:
+            raise TypeError(f"{name!r} is not an option of KVStore, got {value!r}; options: {', '.join(known)}")
+    check_options(tier=store, **{name: options.get(name, parameters[name].default) for name in known})
+    if store == "disk":
+        require_native()
+
+
+def _check_bank(
+    config: HGAConfig,
+    kv_heads: int,
+    head_dim: int,
+    host_bytes: int | None = None,
+    cold_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> None:
+    """Whether host_bytes holds a page of the smallest dtype: the model may be cast, and autocast be used, later."""
+    smallest = min(_checks.FLOATS, key=lambda dtype: dtype.itemsize)
+    layout = Layout(config.chunk_size, config.group_size, kv_heads, 0, head_dim, smallest, cold_dtype)
+    bank_slots(DEFAULT_HOST_BYTES if host_bytes is None else host_bytes, layout.stride)
 
 
 def hooks_of(model: nn.Module) -> dict[nn.Module, HGAHook]:

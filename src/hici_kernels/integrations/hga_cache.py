@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from .. import _checks
 from ..config import HGAConfig
 from ..kv.store import KVStore
 from ..rope import Rope
@@ -63,7 +64,7 @@ class HGAHistory:
                 kv_heads=settings.kv_heads,
                 head_dim=settings.head_dim,
                 batch=q.shape[0],
-                dtype=_store_dtype(v),
+                dtype=_checks.dtype_under_autocast(v),
                 device=q.device,
                 tier=settings.tier,
                 **settings.options,
@@ -106,11 +107,6 @@ class HGAHistory:
         if self.store is not None:
             self.store.reorder(rows)
             self.columns.reorder(rows)
-
-
-def _store_dtype(v: Tensor) -> torch.dtype:
-    kind = v.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
 
 
 class HGALayer(CacheLayerMixin):

@@ -134,6 +134,7 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
 
 def check_hici(host: Host) -> None:
     """Whether HiCI can serve every attention layer of a model."""
+    host.check_interface()
     for attention in host.attentions:
         name = type(attention).__name__
         check_servable(attention, "HiCI")

@@ -58,11 +58,14 @@ class Host:
             if note.attention is not None:
                 raise ValueError(f"{method}: {note.method} is already applied to this model; call restore(model) first")
 
-    def set_attention(self, name: str) -> str:
-        """Make ``name`` the decoder's attention implementation and return the former one."""
-        before = self.decoder.config._attn_implementation
+    def check_interface(self) -> None:
         if not type(self.decoder)._can_set_attn_implementation():
             raise ValueError(f"{type(self.decoder).__name__} does not use the attention interface of transformers")
+
+    def set_attention(self, name: str) -> str:
+        """Make ``name`` the decoder's attention implementation and return the former one."""
+        self.check_interface()
+        before = self.decoder.config._attn_implementation
         self.decoder.set_attn_implementation(name)
         return before
 

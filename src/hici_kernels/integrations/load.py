@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hici import apply_hici, check_hici
+from ..config import HiCIConfig
+from ..nn.slot_attention import slot_modules
+from .hici import CHILDREN, apply_hici, check_hici
 from .host import Host
 from .published import Published, configuration, read
 from .rope_scaling import apply_rope_scaling, linear_factor
@@ -30,7 +32,8 @@ def load_hici(
         path: a directory in either published layout, or weight files: ``adapter_model`` (LoRA, also on the slot
             modules) and ``trainable_params`` (embeddings, norms, slot modules), .safetensors or .bin; or a merged
             model directory with slots. Old names (global_memory.*, hierarchical_aggregator.*, local_queries, an
-            integrator without o_proj) are understood.
+            integrator without o_proj) are understood. What was saved from a model without a head fits one with a head,
+            and the other way round unless the file holds a head.
         merge_lora: add the LoRA products to the weights. False keeps them apart, through PEFT.
         overrides: fields of :class:`HiCIConfig` (num_memory_slots = num_local_slots), rope_factor, lora_alpha.
 
@@ -43,7 +46,8 @@ def load_hici(
         The model, or with LoRA kept apart a PeftModel around it.
 
     Raises:
-        ValueError: something is missing, contradictory or does not fit the model; the model is unchanged then.
+        ValueError: something is missing, contradictory or does not fit the model, of the slot tensors any name or
+            shape; the model is unchanged then. TypeError: rope_factor or lora_alpha is no number.
         FileNotFoundError. ImportError: LoRA kept apart without peft.
     """
     # a merged directory that is its own base brings everything but the slots by from_pretrained
@@ -52,16 +56,16 @@ def load_hici(
     config, factor, alpha = configuration(found, overrides)
     if found.lora and not merge_lora:
         _need_peft()
+    scale = None if alpha is None or not found.lora else alpha / found.rank
     model = _base(model_or_base)
     host = Host.of(model)
-    _check_fits(host, found, factor)
-    rows = found.base.get("model.embed_tokens.weight")
-    if rows is not None:
-        _resize(host, rows.shape[0])
+    decoder = next(name for name, module in host.model.named_modules() if module is host.decoder)
+    found.named_for(f"{decoder}." if decoder else "")
+    rows = _check_fits(host, found, config, factor)
     if factor != 1.0 and linear_factor(host) == 1.0:
         apply_rope_scaling(model, "linear", factor)
     apply_hici(model, config)
-    scale = None if alpha is None or not found.lora else alpha / found.rank
+    _resize(host, rows)
     targets = dict(host.model.named_parameters())
     with torch.no_grad():
         for name, x in _named(host, found):
@@ -97,19 +101,20 @@ def _base(given: nn.Module | str | Path) -> nn.Module:
     from transformers import AutoConfig
 
     content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if not str(content.get("model_type", "")).startswith("hici_"):
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-        odd = [k for k in info["missing_keys"] if names.slot_parts(str(names.canonical(k))) is None]
-        if odd:
-            raise ValueError(f"{directory} lacks {sorted(odd)[0]}")
-        return model
-    kind = content["model_type"].removeprefix("hici_")
-    config = AutoConfig.for_model(kind, **{k: v for k, v in content.items() if k not in ("model_type", "hici")})
-    return AutoModelForCausalLM.from_pretrained(directory, config=config)
+    options = {}
+    if str(content.get("model_type", "")).startswith("hici_"):
+        kind = content["model_type"].removeprefix("hici_")
+        plain = {k: v for k, v in content.items() if k not in ("model_type", "hici")}
+        options["config"] = AutoConfig.for_model(kind, **plain)
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    odd = [k for k in info["missing_keys"] if names.slot_parts(str(names.canonical(k))) is None]
+    if odd:
+        raise ValueError(f"{directory} lacks {sorted(odd)[0]}")
+    return model
 
 
-def _check_fits(host: Host, found: Published, factor: float) -> None:
-    """Everything that could fail later, before the model is touched."""
+def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float) -> int:
+    """Everything that could fail later, before the model is touched; the embedding rows the checkpoint needs."""
     host.check_free("load_hici")
     check_hici(host)
     if len(found.slots) != len(host.attentions):
@@ -123,21 +128,42 @@ def _check_fits(host: Host, found: Published, factor: float) -> None:
     if current != factor and current != 1.0:
         stated = "another kind of RoPE scaling" if current is None else f"RoPE factor {current}"
         raise ValueError(f"the model has {stated}, the checkpoint needs rope_factor {factor}")
+    path = {id(module): name for name, module in host.model.named_modules()}
     shapes = {name: p.shape for name, p in host.model.named_parameters()}
+    embedding: Any = host.model.get_input_embeddings()
+    given = found.base.get(f"{path[id(embedding)]}.weight")
+    rows = int((embedding.weight if given is None or given.ndim == 0 else given).shape[0])
+    for end in (embedding, host.model.get_output_embeddings()):
+        for name in () if end is None else [f"{path[id(end)]}.{n}" for n, _ in end.named_parameters()]:
+            if name in shapes:  # a tied output has no parameter of its own
+                shapes[name] = torch.Size((rows, *shapes[name][1:]))
     for name, x in found.base.items():
-        if name not in shapes:
-            raise ValueError(f"{found.source} holds {name}, which the model does not have")
-        rows = "embed_tokens" in name or name.startswith("lm_head.")
-        same = shapes[name][1:] == x.shape[1:] if rows else shapes[name] == x.shape
-        if not same:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, the model's is {tuple(shapes[name])}")
+        _check_shape(found, name, x, shapes)
+    with torch.device("meta"):
+        made = nn.ModuleDict(dict(zip(CHILDREN, slot_modules(hidden, config), strict=True)))
+    expected = {name: p.shape for name, p in made.named_parameters()}
+    for i, tensors in found.slots.items():
+        layer = path[id(host.attentions[i])]
+        shapes |= {f"{layer}.{name}": shape for name, shape in expected.items()}
+        for name in expected:
+            if name not in tensors:
+                raise ValueError(f"{found.source} lacks {layer}.{name} of shape {tuple(expected[name])}")
+        for name, x in tensors.items():
+            _check_shape(found, f"{layer}.{name}", x, shapes)
     for module, pair in found.lora.items():
-        slot = any(part in module for part in ("local_constructor", "global_integrator"))
-        if not slot and f"{module}.weight" not in shapes:
+        if f"{module}.weight" not in shapes:
             raise ValueError(f"{found.source} holds LoRA for {module}, which the model does not have")
-        expected = (pair["B"].shape[0], pair["A"].shape[1])
-        if not slot and shapes[f"{module}.weight"] != expected:
-            raise ValueError(f"LoRA of {module} is for {expected}, the model's is {tuple(shapes[f'{module}.weight'])}")
+        size = (pair["B"].shape[0], pair["A"].shape[1])
+        if shapes[f"{module}.weight"] != size:
+            raise ValueError(f"LoRA of {module} is for {size}, the model's is {tuple(shapes[f'{module}.weight'])}")
+    return rows
+
+
+def _check_shape(found: Published, name: str, x: Tensor, shapes: dict[str, torch.Size]) -> None:
+    if name not in shapes:
+        raise ValueError(f"{found.source} holds {name}, which the model does not have")
+    if x.shape != shapes[name]:
+        raise ValueError(f"{found.source}: {name} must have shape {tuple(shapes[name])}, got {tuple(x.shape)}")
 
 
 def _resize(host: Host, rows: int) -> None:
@@ -181,7 +207,8 @@ def _with_adapter(model: nn.Module, found: Published, alpha: float) -> nn.Module
         lora_dropout=0.0,
         bias="none",
         target_modules=sorted(found.lora),
-        task_type="CAUSAL_LM",
+        # a model without a head cannot generate, which PEFT would ask it to
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     targets = dict(adapted.named_parameters())

@@ -11,17 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..checkpoints import files, names
 from ..config import HiCIConfig
 
 CONFIG_FILE = "hici_config.json"
+# the tensors that sizes are read from
+_SIZES = {
+    "local_constructor.memory_slots": "M, H",
+    "local_constructor.q_proj.weight": "E, H",
+    "global_integrator.global_queries": "K, D",
+    "global_integrator.shared_compressor.0.weight": "C, H",
+}
 
 
 @dataclass
 class Published:
-    """slots: per layer, name inside the attention module. base: other tensors by model name. lora: module -> A, B."""
+    """slots: per layer, name inside the attention module. base: other tensors by model name. lora: module -> A, B.
+
+    decoder: what stands before ``layers`` in the names of the file: "model.", "" where it was saved without a head.
+    """
 
     source: str
+    decoder: str | None = None
     slots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -33,6 +45,18 @@ class Published:
         if len(ranks) != 1:
             raise ValueError(f"{self.source}: all LoRA matrices must have one rank, got {sorted(ranks)}")
         return ranks.pop()
+
+    def named_for(self, decoder: str) -> None:
+        """Rename what the decoder holds to the names in a model that has its decoder at ``decoder``."""
+        given = self.decoder
+        if given is None or given == decoder:
+            return
+
+        def renamed(name: str) -> str:
+            return f"{decoder}{name.removeprefix(given)}" if name.startswith(given) else name
+
+        self.base = {renamed(name): x for name, x in self.base.items()}
+        self.lora = {renamed(name): pair for name, pair in self.lora.items()}
 
 
 def read(path: str | Path | Sequence[str | Path], *, slots_only: bool = False) -> Published:
@@ -83,6 +107,11 @@ def _sort(found: Published, raw: str, x: Tensor, source: Path) -> None:
         found.lora.setdefault(module, {})[part] = x
         return
     slot = names.slot_parts(name)
+    if slot is not None:
+        decoder = names.decoder_prefix(name)
+        if found.decoder not in (None, decoder):
+            raise ValueError(f"{source} holds {raw} beside slots of another decoder, {found.decoder!r}")
+        found.decoder = decoder
     target, key = (found.base, name) if slot is None else (found.slots.setdefault(slot[0], {}), slot[1])
     if key in target:
         raise ValueError(f"{source} holds {raw}, which another file or name gives as well")
@@ -127,7 +156,15 @@ def _check(found: Published) -> None:
         if set(tensors) != set(found.slots[0]):
             odd = sorted(set(tensors) ^ set(found.slots[0]))[0]
             raise ValueError(f"{found.source}: layers 0 and {i} differ in {odd}")
-    for tensors in found.slots.values():
+    for i, tensors in found.slots.items():
+        for name, layout in _SIZES.items():
+            if name in tensors and tensors[name].ndim != 2:
+                shape = tuple(tensors[name].shape)
+                raise ValueError(f"{found.source}: {name} of layer {i} must be [{layout}], got shape {shape}")
+        scale = tensors.get("global_integrator.expand_scale_param")
+        if scale is not None and scale.numel() == 1:
+            # DeepSpeed runs hold scalars as [1]
+            tensors["global_integrator.expand_scale_param"] = scale.reshape(())
         queries = tensors.get("global_integrator.global_queries")
         if queries is not None and "global_integrator.o_proj.weight" not in tensors:
             # the first published version had none
@@ -135,6 +172,12 @@ def _check(found: Published) -> None:
     for module, pair in found.lora.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{found.source} holds only one of the two LoRA matrices of {module}")
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise ValueError(
+                f"{found.source}: LoRA matrices of {module} must be A [rank, in] and B [out, rank], got shapes "
+                f"{tuple(a.shape)} and {tuple(b.shape)}"
+            )
 
 
 def configuration(found: Published, overrides: dict[str, Any]) -> tuple[HiCIConfig, float, float | None]:
@@ -185,9 +228,14 @@ def configuration(found: Published, overrides: dict[str, Any]) -> tuple[HiCIConf
             f"the tensors of {found.source} cannot tell these, and no saved config does; pass them to the call: "
             + "; ".join(missing)
         )
+    assert factor is not None
+    for name, value in (("rope_factor", factor), ("lora_alpha", alpha)):
+        if value is not None:
+            _checks.number(name, value)
+    if factor < 1:
+        raise ValueError(f"rope_factor must be at least 1, got {factor}")
     config = HiCIConfig.from_dict({**stated, **shapes})
     # a saved config states its cut; only the call or that file count as a choice
-    assert factor is not None
     return (config if "cut" in stated else config.with_default_cut("token")), float(factor), alpha
 
 
@@ -201,10 +249,12 @@ def _shapes(found: Published) -> dict[str, Any]:
             "global_integrator.global_queries"
         )
     shared = tensors.get("global_integrator.shared_compressor.0.weight")
+    # without the output projection only the full width makes sense
+    bottleneck = "local_constructor.o_proj.weight" in tensors or q.shape[0] != slots.shape[1]
     return {
         "num_local_slots": slots.shape[0],
         "global_slots": queries.shape[0],
-        "bottleneck_dim": q.shape[0] if "local_constructor.o_proj.weight" in tensors else None,
+        "bottleneck_dim": q.shape[0] if bottleneck else None,
         "compress_dim": queries.shape[1],
         "shared_compress_dim": None if shared is None else shared.shape[0],
     }

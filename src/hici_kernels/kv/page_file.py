@@ -18,6 +18,16 @@ from .records import Records
 OK, ERROR, TRUNCATED, CHECKSUM, FORKED, CLOSED = range(6)
 
 
+def require_native() -> None:
+    """
+    Raises:
+        ImplError: no native library, which makes the file.
+    """
+    reason = _native.status()
+    if reason is not None:
+        raise ImplError(f"tier='disk' needs the native library: {reason}")
+
+
 class PageFile:
     """Pages of ``bank`` [slots, stride] written to and read from a nameless file in ``directory``.
 
@@ -49,9 +59,7 @@ class PageFile:
         backend: str = "auto",
         direct: bool = True,
     ) -> None:
-        reason = _native.status()
-        if reason is not None:
-            raise ImplError(f"tier='disk' needs the native library: {reason}")
+        require_native()
         self.records, self.directory = records, directory
         self.sums = torch.zeros(0, dtype=torch.int64)
         outcome = torch.zeros(3, dtype=torch.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks
 from .._dispatch import check_impl
 from ..config import HGAConfig
-from ..errors import ImplError, KVStoreError
+from ..errors import KVStoreError
 from ..ops.hga_route.api import check_config
 from ..ops.hga_summaries.api import check_rope
 from ..rope import Rope
@@ -26,15 +26,13 @@ from .gather_bank import GatherBank
 from .layer import LayerState
 from .layout import Layout
 from .meter import TIERS, Meter
+from .options import DEFAULT_HOST_BYTES, bank_slots, check_fetch, check_options
 from .pool import Pool
 from .records import Records
 from .routed import DECODE_QUERIES
 from .step import Engine, Step
 from .tier import Tier
 
-DEFAULT_HOST_BYTES = 1 << 30  # of tier "disk"
-BANK_LIST_BYTES = 16  # a slot
-LIST_BYTES = 64 << 10  # kept free of the bank where the limit is small, else an eighth of it
 DEFAULT_BANK_PAGES = 4096  # of an accelerator without device_bytes
 
 
@@ -122,23 +120,24 @@ class KVStore:
         check_rope(rope, head_dim)
         if dtype not in _checks.FLOATS:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-        if not isinstance(device, (str, torch.device)):
-            raise TypeError(f"device must be a torch.device or a str, got {type(device).__name__} {device!r}")
-        _check_tier(tier, host_bytes, path, bank_pages)
-        if device_bytes is not None:
-            _checks.integer("device_bytes", device_bytes, 0)
-        if cold_dtype not in (None, torch.int8):
-            raise ValueError(f"cold_dtype must be None or torch.int8, got {cold_dtype!r}")
-        _checks.integer("queue_depth", queue_depth, 1, 4096)
-        _checks.choice("io", io, ("auto", "uring", "threads"))
-        _checks.boolean("direct", direct)
-        _checks.boolean("prefetch", prefetch)
+        where = _checks.device("device", device)
+        check_options(
+            tier=tier,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            path=path,
+            cold_dtype=cold_dtype,
+            bank_pages=bank_pages,
+            fetch=fetch,
+            queue_depth=queue_depth,
+            io=io,
+            direct=direct,
+            prefetch=prefetch,
+        )
+        check_fetch(fetch, where)
         self.config, self.rope, self.tier = config, rope, tier
         self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
-        # "cuda" names the current device: a tensor says which one that is
-        self.device = torch.empty(0, device=device).device
-        _check_fetch(fetch, tier, self.device)
-        self.device_bytes, self.host_bytes = device_bytes, host_bytes
+        self.device, self.device_bytes, self.host_bytes = where, device_bytes, host_bytes
         self.path = None if path is None else os.path.abspath(path)
         self.cold_dtype, self.bank_pages, self.fetch, self.prefetch = cold_dtype, bank_pages, fetch, prefetch
         self._io = {"depth": queue_depth, "backend": io, "direct": direct}
@@ -478,11 +477,7 @@ class KVStore:
             assert self.path is not None
             left = self._meter.left("host")
             assert left is not None
-            # the rest for the lists of records and pages, which grow with the history
-            lists = max(left // 8, min(left // 2, LIST_BYTES))
-            below = (left - lists) // (layout.stride + BANK_LIST_BYTES)
-            if below < 1:
-                raise ValueError(f"host_bytes must hold at least one page of {layout.stride} bytes, got {left}")
+            below = bank_slots(left, layout.stride)
             lower = Disk(self.path, below, layout, records, self._meter, pinned=pinned, cycle=self.layers, **self._io)  # type: ignore[arg-type]
         if slots == 0:
             return lower
@@ -555,36 +550,3 @@ class KVStore:
             return list(range(self.batch))
         _checks.integer("row", row, 0, self.batch - 1)
         return [row]
-
-
-def _check_fetch(fetch: str, tier: str, device: torch.device) -> None:
-    _checks.choice("fetch", fetch, ("copy", "gather"))
-    if fetch == "copy":
-        return
-    if tier == "device":
-        raise ValueError(f"fetch must be 'copy' with tier='device', got {fetch!r}")
-    reason = on_device.refusal(device)
-    if reason is not None:
-        raise ImplError(f"fetch='gather' cannot be served: {reason}")
-
-
-def _check_tier(tier: str, host_bytes: int | None, path: object, bank_pages: int | None) -> None:
-    _checks.choice("tier", tier, ("device", "host", "disk"))
-    if tier == "device":
-        for name, given in (("host_bytes", host_bytes), ("bank_pages", bank_pages)):
-            if given is not None:
-                raise ValueError(f"{name} must be None with tier='device', got {given!r}")
-    if host_bytes is not None:
-        _checks.integer("host_bytes", host_bytes, 0)
-    if bank_pages is not None:
-        _checks.integer("bank_pages", bank_pages, 0)
-    if tier != "disk":
-        if path is not None:
-            raise ValueError(f"path must be None with tier={tier!r}, got {path!r}")
-        return
-    if path is None:
-        raise ValueError("path must be given with tier='disk', got None")
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or a path, got {type(path).__name__} {path!r}")
-    if not os.path.isdir(path):
-        raise ValueError(f"path must be a directory that exists, got {os.fspath(path)!r}")

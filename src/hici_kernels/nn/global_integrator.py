@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import _checks, segments
 from ..ops.global_stats.api import global_stats
+from .layer_checks import check_like_weights
 
 
 def _compressor(inputs: int, outputs: int) -> nn.Sequential:
@@ -125,11 +126,21 @@ class GlobalIntegrator(nn.Module):
 
         Returns:
             [B, K, H]; [B, N, K, H] if causal or packed (every segment then carries its document's slots).
+
+        Raises:
+            TypeError, ValueError: before any work, naming the argument. local and stats must have the weights' dtype,
+                except under torch.autocast.
         """
         if stats is not None:
+            if not isinstance(stats, Tensor):
+                raise TypeError(f"stats must be a tensor [..., 5, hidden_size], got {type(stats).__name__}")
+            if stats.shape[-2:] != (5, self.hidden_size):
+                raise ValueError(f"stats must be [..., 5, hidden_size {self.hidden_size}], got {list(stats.shape)}")
+            check_like_weights("stats", stats, self.global_queries)
             return self.compress(stats)
         _checks.tensor("local", local, "B, N, M, H")
         _checks.shape("local", local, (*local.shape[:3], self.hidden_size), "B, N, M, hidden_size")
+        check_like_weights("local", local, self.global_queries)
         stats = global_stats(local, causal=causal, valid=valid, cu_segments=cu_segments, impl=self.impl)
         slots = self.compress(stats)
         if cu_segments is not None and not causal:

@@ -73,7 +73,8 @@ class HGAAttention(AttentionLayer):
                 cache. Ignored at masked tokens.
             attention_mask: [B, S] over the tokens of this call, nonzero = token; masked tokens give 0.
             cu_seqlens: not supported.
-            cache: a :class:`KVStore` of the same config; the tokens are appended to its layer ``layer_idx``. History is
+            cache: a :class:`KVStore` of the same config, of hidden's device and of the dtype that queries and keys have
+                (hidden's, or that of autocast); the tokens are appended to its layer ``layer_idx``. History is
                 constant: gradients reach the tokens of this call only.
 
         Raises:
@@ -102,6 +103,11 @@ class HGAAttention(AttentionLayer):
             raise TypeError(f"cache must be a KVStore, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError("cache was made for another config than that of this layer")
+        dtype = _checks.dtype_under_autocast(hidden)
+        if cache.dtype != dtype:
+            raise TypeError(f"cache has dtype {cache.dtype}, expected {dtype} like the queries and keys of this layer")
+        if cache.device != hidden.device:
+            raise ValueError(f"cache is on {cache.device}, expected {hidden.device} like hidden")
         for name, held, own in (
             ("batch", cache.batch, hidden.shape[0]),
             ("kv_heads", cache.kv_heads, self.num_kv_heads),

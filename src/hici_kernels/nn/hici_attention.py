@@ -98,12 +98,16 @@ class HiCIAttention(SlotAttention, AttentionLayer):
                 raise TypeError(f"cache must come from new_cache() of this layer, got {type(cache).__name__}")
             cache.check(hidden.shape[0], self)
         mask = None if attention_mask is None else attention_mask != 0
-        if mask is not None and self.config.empty != "uniform" and torch.is_grad_enabled():
+        tokens = hidden
+        if mask is not None and torch.is_grad_enabled():
             # the projections' weight gradients are sums over all columns, and 0 * NaN of a masked one would reach them
-            hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+            tokens = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+            # only here are slots made of masked columns, where a segment has no others; elsewhere they skip them
+            if self.config.empty != "uniform" or self.config.cut != "index":
+                hidden = tokens
         if positions is None:
             positions = self._default_positions(hidden, cu_seqlens, cache)
-        q, k, v = self.project(hidden, positions)
+        q, k, v = self.project(tokens, positions)
         return self.attend(
             hidden,
             q,

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from ..config import HiCIConfig
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def keeps(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """For what makes tensors that a cache keeps: they are made outside torch's inference mode.
+
+    One that is made inside can never be written in place outside, so a cache that was filled in inference mode could
+    not be continued under torch.no_grad().
+    """
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        # leaving inference mode turns gradients on
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class _Layer(Protocol):
@@ -24,13 +47,22 @@ class HiCICache(ABC):
     """History of ``batch`` rows in one layer.
 
     Rows are independent and may have different lengths. A cache is made by :meth:`HiCIAttention.new_cache`, and takes
-    dtype and device from the first call. Copies of it share nothing but tensors that are never written in place.
+    dtype and device from the first call. Copies of it share nothing but tensors that are never written in place. What
+    was filled under torch.inference_mode() can be continued outside it.
     """
 
+    @keeps
     def __init__(self, config: HiCIConfig, batch: int) -> None:
         self.config = config
         self._lengths = torch.zeros(batch, dtype=torch.int64)
         self._columns = torch.zeros(batch, dtype=torch.int64)
+
+    @keeps
+    def __deepcopy__(self, memo: dict[int, Any]) -> HiCICache:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     @property
     def lengths(self) -> Tensor:
@@ -103,6 +135,7 @@ class HiCICache(ABC):
         for b in rows:
             self._rewind(b, length)
 
+    @keeps
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was (beam search); the batch becomes len(rows).
 
@@ -137,6 +170,7 @@ class TokenCache(HiCICache):
     Buffers [B, capacity, ...] grow by doubling; ``_seen`` marks the columns that hold a token (or a slot) of a row.
     """
 
+    @keeps
     def __init__(self, config: HiCIConfig, batch: int) -> None:
         super().__init__(config, batch)
         self._prompt = torch.zeros(batch, dtype=torch.int64)
@@ -148,6 +182,7 @@ class TokenCache(HiCICache):
         self._slots = 0
         self._holes = False
 
+    @keeps
     def start(self, slot_k: Tensor | None, slot_v: Tensor | None, seen: Tensor | None) -> None:
         """Begin a prompt: drop what is left of earlier ones and put its slots first."""
         self._used = self._slots = 0
@@ -158,23 +193,27 @@ class TokenCache(HiCICache):
             self._used, self._holes = self._slots, True
         self._prompt = torch.full_like(self._prompt, -1)
 
-    def stage(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def stage(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, recorded: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write the tokens of a call behind those held, without counting them yet.
 
         k, v [B, T, Hkv, D]; masked columns are kept but never seen. Returns keys, values [B, n + T, Hkv, D] and seen
-        [B, n + T] (None = all) of everything with them.
+        [B, n + T] (None = all) of everything with them: views of the buffers, or copies where autograd records what is
+        done with them (``recorded``).
         """
         at = self._columns.to(k.device)[:, None] + torch.arange(k.shape[1], device=k.device)
         self._write(k, v, mask, at)
         n = self._used + k.shape[1]
         assert self._k is not None and self._v is not None and self._seen is not None
         seen = self._seen[:, :n] if self._holes or mask is not None else None
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        if recorded:
             # copies: later calls write into the buffers, which would invalidate what autograd saved of this one
             keys, values = torch.cat((self._k[:, : self._used], k), 1), torch.cat((self._v[:, : self._used], v), 1)
             return keys, values, None if seen is None else seen.clone()
         return self._k[:, :n], self._v[:, :n], seen
 
+    @keeps
     def commit(self, columns: int, mask: Tensor | None) -> None:
         """Count the ``columns`` staged last."""
         counts = torch.full_like(self._lengths, columns) if mask is None else mask.sum(1).cpu()
@@ -187,6 +226,7 @@ class TokenCache(HiCICache):
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         return (None, None, None) if self._k is None else (None, *self._k.shape[2:])
 
+    @keeps
     def _write(self, k: Tensor, v: Tensor, mask: Tensor | None, column: Tensor) -> None:
         n, t = self._used, k.shape[1]
         self._reserve(k, v, n + t)
@@ -249,6 +289,7 @@ class SegmentCache(HiCICache):
     of the recurrence, keys and values of the slots its tokens see, running statistics of all slots so far.
     """
 
+    @keeps
     def __init__(self, config: HiCIConfig, batch: int) -> None:
         super().__init__(config, batch)
         assert config.segment_len is not None
@@ -262,6 +303,7 @@ class SegmentCache(HiCICache):
         self.v: Tensor
         self.seen: Tensor  # bool [B, L], the column holds a token
         self.column: Tensor  # int64 [B, L], its index among the columns the row was given
+        self.closed: Tensor  # int64 [B], index of the column after the last token of closed segments
         self.recurrence_k: Tensor  # [B, R, Hkv, D]
         self.recurrence_v: Tensor
         self.recurrence_seen: Tensor  # bool [B, R]
@@ -273,6 +315,7 @@ class SegmentCache(HiCICache):
         self.largest: Tensor
         self.smallest: Tensor
 
+    @keeps
     def allocate(self, hidden: Tensor, k: Tensor, slots: int, statistics: torch.dtype) -> None:
         """Make the buffers, on the first call."""
         if self.allocated:
@@ -286,6 +329,7 @@ class SegmentCache(HiCICache):
         self.k, self.v = k.new_zeros(b, length, *kv), k.new_zeros(b, length, *kv)
         self.seen = torch.zeros(b, length, dtype=torch.bool, device=device)
         self.column = torch.zeros(b, length, dtype=torch.int64, device=device)
+        self.closed = torch.zeros(b, dtype=torch.int64, device=device)
         r = self.config.recurrence_len
         self.recurrence_k, self.recurrence_v = k.new_zeros(b, r, *kv), k.new_zeros(b, r, *kv)
         self.recurrence_seen = torch.zeros(b, r, dtype=torch.bool, device=device)
@@ -298,6 +342,7 @@ class SegmentCache(HiCICache):
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         return (self.hidden.shape[2], *self.k.shape[2:]) if self.allocated else (None, None, None)
 
+    @keeps
     def snapshot(self, closes: bool) -> dict[str, Any]:
         """What :meth:`restore` needs to undo a call; ``closes`` = the call fills a segment.
 
@@ -316,6 +361,7 @@ class SegmentCache(HiCICache):
             at = torch.arange(self.seen.shape[1])
             self.seen &= (at < self.filled[:, None]).to(self.seen.device)
 
+    @keeps
     def advance(self, tokens: Tensor, columns: int) -> None:
         """Count what a call has entered: ``tokens`` int64 [B], and ``columns`` for every row."""
         self._lengths = self._lengths + tokens
@@ -337,7 +383,7 @@ class SegmentCache(HiCICache):
         keep = length - self._rewind_limit(row)
         tokens = self.seen[row, : int(self.filled[row])].nonzero()[:, 0]
         filled = int(tokens[keep - 1]) + 1 if keep else 0
-        self._columns[row] = int(self.column[row, filled - 1]) + 1 if filled else int(self.column[row, 0])
+        self._columns[row] = int(self.column[row, filled - 1]) + 1 if filled else int(self.closed[row])
         self.seen[row, filled:] = False
         self.filled[row] = filled
         self._lengths[row] = length

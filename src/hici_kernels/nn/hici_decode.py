@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.attention.api import attention
 from ..rope import working_dtype
-from .hici_cache import SegmentCache
+from .hici_cache import SegmentCache, keeps
 from .prefix import uses_global, uses_local, uses_slots
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def _attend(layer: SlotAttention, cache: SegmentCache, piece: _Call, token: Tens
 
 
 @torch.no_grad()
+@keeps
 def _enter(cache: SegmentCache, piece: _Call, used: Tensor | None, take: Tensor) -> None:
     """Write new columns behind the filled part of every row's open segment."""
     b, width = piece.column.shape
@@ -164,6 +165,7 @@ def _close(layer: SlotAttention, cache: SegmentCache, rows: Tensor) -> None:
     config = layer.config
     at = rows.to(cache.seen.device)
     mask = cache.seen[at]
+    cache.closed[at] = torch.maximum(cache.closed[at], torch.where(mask, cache.column[at] + 1, 0).amax(1))
     filled_at, filled_rows = at, rows
     if config.empty == "skip" and cache.ragged:
         some = mask.any(1)

@@ -38,15 +38,7 @@ def check_forward(layer: Any, hidden: Tensor, positions: Tensor | None, attentio
     _checks.tensor("hidden", hidden, "B, S, H")
     b, s, _ = hidden.shape
     _checks.shape("hidden", hidden, (b, s, layer.hidden_size), "B, S, hidden_size")
-    if hidden.dtype not in _checks.FLOATS:
-        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    weight = parameter_of(layer.q_proj)
-    kind = hidden.device.type
-    autocast = kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind)
-    if hidden.dtype != weight.dtype and not autocast:
-        raise TypeError(f"hidden has dtype {hidden.dtype}, expected {weight.dtype} like the layer's weights")
-    if hidden.device != weight.device:
-        raise ValueError(f"hidden is on {hidden.device}, expected {weight.device} like the layer's weights")
+    check_like_weights("hidden", hidden, parameter_of(layer.q_proj))
     if positions is not None:
         if not isinstance(positions, Tensor):
             raise TypeError(f"positions must be a tensor [S] or [B, S], got {type(positions).__name__}")
@@ -58,6 +50,18 @@ def check_forward(layer: Any, hidden: Tensor, positions: Tensor | None, attentio
             raise ValueError(f"positions is on {positions.device}, expected {hidden.device} like hidden")
     if attention_mask is not None:
         _checks.token_mask("attention_mask", attention_mask, b, s, hidden.device)
+
+
+def check_like_weights(name: str, x: Tensor, weight: Tensor) -> None:
+    """Whether a module with this weight can take ``x``: dtype (any under torch.autocast) and device."""
+    if x.dtype not in _checks.FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    kind = x.device.type
+    autocast = kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind)
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {weight.dtype} like the layer's weights")
+    if x.device != weight.device:
+        raise ValueError(f"{name} is on {x.device}, expected {weight.device} like the layer's weights")
 
 
 def parameter_of(linear: nn.Module) -> Tensor:

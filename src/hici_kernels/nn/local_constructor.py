@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops.local_slots.api import local_slots
+from ..ops.local_slots.api import check_segments, local_slots
+from .layer_checks import check_like_weights
 
 
 def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class LocalConstructor(nn.Module):
     Args:
         hidden_size: H.
         num_local_slots: M.
-        num_heads: h, divides hidden_size and the width.
+        num_heads: h, divides hidden_size and the width, else ValueError.
         bottleneck_dim: E; None = full width, no output projection (as in the first published version, num_heads=1).
         empty: a segment without tokens gives "zero" (published Flash constructor) or "uniform" (published Multi
             constructor: the mean over its columns).
@@ -66,8 +67,10 @@ class LocalConstructor(nn.Module):
         if bottleneck_dim is not None:
             _checks.integer("bottleneck_dim", bottleneck_dim, 1)
         width = hidden_size if bottleneck_dim is None else bottleneck_dim
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads must divide hidden_size {hidden_size}, got {num_heads}")
         if width % num_heads:
-            raise ValueError(f"num_heads must divide the attention width {width}, got {num_heads}")
+            raise ValueError(f"num_heads must divide bottleneck_dim {width}, got {num_heads}")
         _checks.choice("empty", empty, ("zero", "uniform"))
         self.hidden_size, self.num_heads, self.empty, self.impl = hidden_size, num_heads, empty, impl
         self.memory_slots = nn.Parameter(torch.empty(num_local_slots, hidden_size))
@@ -86,7 +89,17 @@ class LocalConstructor(nn.Module):
         *,
         total_segments: int | None = None,
     ) -> Tensor:
-        """Slots [B, N, M, H] of hidden [B, S, H]; arguments as :func:`hici_kernels.local_slots`."""
+        """Slots [B, N, M, H] of hidden [B, S, H]; arguments as :func:`hici_kernels.local_slots`.
+
+        Raises:
+            TypeError, ValueError: before any work, naming the argument. hidden must have the weights' dtype, except
+                under torch.autocast.
+        """
+        _checks.tensor("hidden", hidden, "B, S, H")
+        _checks.shape("hidden", hidden, (*hidden.shape[:2], self.hidden_size), "B, S, hidden_size")
+        # not a projection's weight: offloaded ones are elsewhere until they are called
+        check_like_weights("hidden", hidden, self.memory_slots)
+        total_segments = check_segments(hidden, segment_len, attention_mask, cu_seqlens, total_segments)
         slots = local_slots(
             hidden,
             self.q_proj(self.memory_slots),

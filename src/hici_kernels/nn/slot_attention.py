@@ -167,7 +167,8 @@ class SlotAttention:
         if isinstance(cache, SegmentCache):
             return extend(self, cache, hidden, q, k, v, mask, output)
         if isinstance(cache, TokenCache) and not cache.empty:
-            keys, values, seen = cache.stage(k, v, mask)
+            recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            keys, values, seen = cache.stage(k, v, mask, recorded)
             out = output(attention(q, keys, values, attention_mask=seen, impl=self.impl).flatten(-2))
             cache.commit(hidden.shape[1], mask)
             return out

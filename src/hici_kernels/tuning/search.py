@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _outputs
 from ..bench.gpu_cases import GpuCase, attention_case, slots_case, stats_case
 from ..bench.gpu_hga_cases import gather_case, route_case, routed_case, summaries_case
 from ..bench.gpu_report import device_name, triton_version
@@ -133,6 +133,7 @@ def shapes(ops: list[str], dims: list[int], lens: list[int], dtypes: list[str]) 
 
 def tune(plan: list[Shape], device: torch.device, clock: Clock, *, json_path: Path | None, folder: Path | None) -> int:
     """Measure every shape of the plan; write entries into ``folder`` (None = only report)."""
+    _outputs.prepare(json_path)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     table = Table("table", "shape", "dtype", "before us", "now us", "configuration", "tried", title=device_name(device))
     results = []
@@ -147,8 +148,7 @@ def tune(plan: list[Shape], device: torch.device, clock: Clock, *, json_path: Pa
             write(shape.op, merged(list(read(shape.op)), entry_of(shape, found, device)), folder)
     console.print(table, markup=False)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        _outputs.write_json(json_path, results, indent=1)
     return 0
 
 

@@ -74,9 +74,10 @@ def block_attention(
 
     # what nobody sees may hold NaN: it is replaced by 0, since 0 * NaN would reach the sums
     used = seen.any(1)[:, :, None, None]
+    alive = seen.any(2)[:, :, None, None]
     keys = torch.where(used, torch.cat([*prefix_k, k], 1).to(dtype), 0.0)
     values = torch.where(used, torch.cat([*prefix_v, v], 1).to(dtype), 0.0)
-    queries = torch.where(seen.any(2)[:, :, None, None], q.to(dtype), 0.0).reshape(b, t, hkv, hq // hkv, d)
+    queries = torch.where(alive, q.to(dtype), 0.0).reshape(b, t, hkv, hq // hkv, d)
 
     s = torch.einsum("btgrd,bngd->bgrtn", queries, keys) * scale
     s = s.masked_fill(~seen[:, None, None], -torch.inf)
@@ -89,8 +90,9 @@ def block_attention(
     total = torch.where(some, total, 1.0)
     lse = torch.where(some, top + total.log(), -torch.inf).squeeze(-1)
     p = weights / total
-    out = torch.einsum("bgrtn,bngd->btgrd", p, values)
-    return out.reshape(b, t, hq, d), lse.reshape(b, hq, t)
+    out = torch.einsum("bgrtn,bngd->btgrd", p, values).reshape(b, t, hq, d)
+    # the same for the gradient that a query without keys is given
+    return torch.where(alive, out, 0.0), lse.reshape(b, hq, t)
 
 
 class _Problem:

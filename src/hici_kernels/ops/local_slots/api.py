@@ -59,7 +59,7 @@ def local_slots(
     _checks.tensor("k_weight", k_weight, "E, H")
     _checks.tensor("v_weight", v_weight, "E, H")
     _checks.floats(hidden=hidden, slot_queries=slot_queries, k_weight=k_weight, v_weight=v_weight)
-    b, s, h = hidden.shape
+    h = hidden.shape[2]
     e = slot_queries.shape[1]
     if h < 1:
         raise ValueError(f"hidden must have at least 1 channel, got shape {tuple(hidden.shape)}")
@@ -70,14 +70,8 @@ def local_slots(
     _checks.integer("num_heads", num_heads, 1)
     if e % num_heads:
         raise ValueError(f"num_heads must divide the width {e} of slot_queries, got {num_heads}")
-    if segment_len is not None:
-        _checks.integer("segment_len", segment_len, 1)
-    if attention_mask is not None:
-        _checks.token_mask("attention_mask", attention_mask, b, s, hidden.device)
+    total = check_segments(hidden, segment_len, attention_mask, cu_seqlens, total_segments)
     _checks.choice("empty", empty, ("zero", "uniform"))
-    if total_segments is not None:
-        _checks.integer("total_segments", total_segments, 0)
-    total = resolve_total(s, segment_len, cu_seqlens, total_segments, b)
     return call(
         local_slots_forward,
         hidden,
@@ -92,6 +86,24 @@ def local_slots(
         empty,
         check_impl(impl),
     )
+
+
+def check_segments(
+    hidden: Tensor,
+    segment_len: int | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    total_segments: int | None,
+) -> int:
+    """N of hidden [B, S, H], once everything that says how it is cut has been checked."""
+    b, s, _ = hidden.shape
+    if segment_len is not None:
+        _checks.integer("segment_len", segment_len, 1)
+    if attention_mask is not None:
+        _checks.token_mask("attention_mask", attention_mask, b, s, hidden.device)
+    if total_segments is not None:
+        _checks.integer("total_segments", total_segments, 0)
+    return resolve_total(s, segment_len, cu_seqlens, total_segments, b)
 
 
 def resolve_total(

@@ -28,6 +28,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         torch.where(s.transpose(1, 2).unsqueeze(-1) > 0, o.to(dtype), 0.0) * s.transpose(1, 2).unsqueeze(-1)
         for s, o in zip(share, outs, strict=True)
     )
+    # and so may the gradient of a row that no part has seen
+    out = torch.where((top != -torch.inf).transpose(1, 2).unsqueeze(-1), out, 0.0)
     return out.to(outs[0].dtype), lse
 
 
