@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from hici_kernels._dispatch import OPS, ORDER
 from hici_kernels.cli import info
-from hici_kernels.cli.main import app
+from hici_kernels.cli.main import app, user_errors
+from hici_kernels.errors import KVStoreError
 
 runner = CliRunner()
 
@@ -73,6 +75,13 @@ def test_user_errors_are_one_line_and_code_2(
     result = runner.invoke(app, arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("hici: ") and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_failing_disk_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, user_errors():
+        raise KVStoreError("no room for page 3", layer=0, row=0, chunk=3, file="f")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.splitlines()[0].startswith("hici: no room for page 3")
 
 
 def test_bench_from_the_command_line(tmp_path: Path) -> None:

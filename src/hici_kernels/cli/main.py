@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import KVStoreError
 from .evaluate import app as evaluation
 
 app = typer.Typer(
@@ -27,10 +28,10 @@ ChartOption = Annotated[Path | None, typer.Option("--chart", help="Write a chart
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Wrong input is one line on stderr and exit code 2, not a traceback."""
+    """Wrong input, or a disk that fails, is one line on stderr and exit code 2, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, KVStoreError) as error:
         typer.echo(f"hici: {error}", err=True)
         raise typer.Exit(2) from error
 
