@@ -78,7 +78,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   // without segments there is no previous one
   cut.recurrence_len = segment_len > 0 ? recurrence_len : 0;
   const auto count = [&](int64_t length) {
-    return segment_len > 0 ? (length + segment_len - 1) / segment_len : static_cast<int64_t>(length > 0);
+    return segment_len > 0 ? length / segment_len + (length % segment_len > 0) : static_cast<int64_t>(length > 0);
   };
   int64_t& segments = p.segment_total;
   segments = 0;

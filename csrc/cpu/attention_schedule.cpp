@@ -53,8 +53,9 @@ Ranks::Ranks(const AttentionProblem& given, const AttentionCut& cut) : problem_(
     for (int64_t d = 0; d < documents; ++d) {
       const int64_t begin = cut.documents ? cut.documents[d] : 0, end = cut.documents ? cut.documents[d + 1] : s;
       const int64_t step = cut.segment_len > 0 ? cut.segment_len : std::max<int64_t>(end - begin, 1);
-      for (int64_t start = begin; start < end; start += step, ++number) {
-        const int64_t stop = std::min(start + step, end), first_query = std::max(start, s - given.queries);
+      for (int64_t start = begin, stop; start < end; start = stop, ++number) {
+        stop = start + std::min(step, end - start);
+        const int64_t first_query = std::max(start, s - given.queries);
         if (first_query >= stop) continue;
         AttentionSegment x;
         x.batch = b, x.segment = number;

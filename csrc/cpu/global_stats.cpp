@@ -315,7 +315,7 @@ void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
   const int64_t h = call.p.channels, blocks = call.blocks;
   int64_t longest = 0;
   for (int64_t i = 0; i < count; ++i) longest = std::max(longest, s[i].stop - s[i].start);
-  const int64_t wave = std::max<int64_t>(1, std::min(longest, kWave / call.segment_bytes / count));
+  const int64_t wave = std::max<int64_t>(1, std::min(longest, kWave / std::max<int64_t>(1, call.segment_bytes) / count));
   const auto layout = [&](void* base, Acc*& states, Acc*& means) {
     Carve carve(base);
     states = carve.take<Acc>(count * blocks * Call<T>::kPlanes * call.ld);

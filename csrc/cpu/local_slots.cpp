@@ -63,8 +63,8 @@ class Plan {
       for (int64_t d = 0; d < documents; ++d) {
         const int64_t first = cut.documents ? cut.documents[d] : 0, last = cut.documents ? cut.documents[d + 1] : s;
         const int64_t step = cut.segment_len > 0 ? cut.segment_len : std::max<int64_t>(last - first, 1);
-        for (int64_t start = first; start < last; start += step, ++number) {
-          const int64_t stop = start + std::min(step, last - start);
+        for (int64_t start = first, stop; start < last; start = stop, ++number) {
+          stop = start + std::min(step, last - start);
           SlotsSegment x{b, number, start, stop, 0, 0, false};
           if (masked) {
             x.begin = listed;

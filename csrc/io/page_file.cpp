@@ -15,6 +15,7 @@
 #include <cstring>
 #include <random>
 #include <stdexcept>
+#include <system_error>
 
 #include "checksum.h"
 
@@ -37,7 +38,7 @@ void sweep(const std::string& directory) {
   while (const dirent* entry = readdir(d)) {
     if (std::strncmp(entry->d_name, kPrefix, std::strlen(kPrefix)) != 0) continue;
     const std::string path = directory + "/" + entry->d_name;
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);  // a pipe would wait for a writer
     if (file < 0) continue;
     struct stat s{};
     if (fstat(file, &s) == 0 && S_ISREG(s.st_mode) && flock(file, LOCK_EX | LOCK_NB) == 0) unlink(path.c_str());
@@ -71,8 +72,11 @@ PageFile::PageFile(const Options& options, int& error) : options_(options), owne
     if (options_.direct) {
       file_ = ::open(name_.c_str(), flags | O_DIRECT, 0600);
       direct_ = file_ >= 0;
-      // some file systems create the file and then refuse the flag
-      if (file_ < 0 && errno == EINVAL) unlink(name_.c_str());
+      if (file_ < 0 && errno == EINVAL) {
+        // some file systems create the file and then refuse the flag
+        unlink(name_.c_str());
+        errno = EINVAL;
+      }
     }
     if (file_ < 0 && (!options_.direct || errno == EINVAL))
 #endif
@@ -146,13 +150,17 @@ int64_t PageFile::submit(std::vector<Page> pages, bool write, bool ahead) {
   const bool closed = file_ < 0 || turns_->stop;
   if (closed) r.outcome.code = Outcome::kClosed, r.left = 0;
   if (r.left == 0) r.ahead = false;
+  if (r.ahead && !turns_->helper.joinable()) try {
+      turns_->helper = std::thread([this] { help(); });
+    } catch (const std::system_error&) {
+      r.ahead = false;  // the system gives no thread: what is not done when wait() is called is done there
+    }
   const bool carried = r.ahead;
   requests_.emplace(number, std::move(r));
   if (closed) return number;
   for (int64_t i = 0; i < count; ++i) waiting_.emplace_back(number, i);
   if (carried) {
     ++turns_->ahead;
-    if (!turns_->helper.joinable()) turns_->helper = std::thread([this] { help(); });
     turns_->changed.notify_all();
   }
   pump();
@@ -250,16 +258,19 @@ Outcome PageFile::reserve(int64_t count) {
 }
 
 Counters PageFile::counters() {
+  if (foreign()) return {};
   const std::lock_guard<std::mutex> lock(turns_->mutex);
   return counters_;
 }
 
 void PageFile::inject(const Fault& fault) {
+  if (foreign()) return;
   const std::lock_guard<std::mutex> lock(turns_->mutex);
   faults_.add(fault);
 }
 
 void PageFile::clear_faults() {
+  if (foreign()) return;
   const std::lock_guard<std::mutex> lock(turns_->mutex);
   faults_.clear();
 }
@@ -269,8 +280,8 @@ void PageFile::pump() {
   for (;;) {
     while (!waiting_.empty() && flying_ < depth_) {
       const auto [request, item] = waiting_.front();
-      waiting_.pop_front();
       start(request, item);
+      waiting_.pop_front();
     }
     if (flying_ > 0) queue_->flush();
     // verified with the next transfers on their way
@@ -287,9 +298,11 @@ void PageFile::start(int64_t request, int64_t item) {
   const Request& r = requests_.at(request);
   const Page& p = r.pages[item];
   const int64_t moved = r.moved[item];
-  if (flying_++ == 0) busy_since_ = now();
+  const double began = now();
+  // what throws here has not begun
   queue_->submit({r.write, p.data + moved, options_.stride - moved, p.number * options_.stride + moved,
                   request << kItemBits | item, 0});
+  if (flying_++ == 0) busy_since_ = began;
 }
 
 void PageFile::finish(const Transfer& t) {

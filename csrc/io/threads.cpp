@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "queue.h"
@@ -32,11 +33,20 @@ class Threads final : public Queue {
   int depth() const override { return depth_; }
 
   void submit(const Transfer& t) override {
-    if (static_cast<int>(workers_.size()) < depth_)
-      workers_.emplace_back([shared = shared_, file = file_] { work(*shared, file); });
+    if (static_cast<int>(workers_.size()) < depth_) try {
+        workers_.emplace_back([shared = shared_, file = file_] { work(*shared, file); });
+      } catch (const std::system_error&) {
+        // the system gives no more threads: those that are there do it
+      }
+    Transfer moved = t;
+    const bool alone = workers_.empty();
+    if (alone) move(moved, file_);
     {
       const std::lock_guard<std::mutex> lock(shared_->mutex);
-      shared_->todo.push_back(t);
+      if (alone)
+        shared_->done.push_back(moved);
+      else
+        shared_->todo.push_back(t);
     }
     shared_->wanted.notify_one();
     ++flying_;
@@ -68,6 +78,12 @@ class Threads final : public Queue {
     bool stop = false;
   };
 
+  static void move(Transfer& t, int file) {
+    const size_t bytes = static_cast<size_t>(t.bytes);
+    t.result = t.write ? pwrite(file, t.data, bytes, t.offset) : pread(file, t.data, bytes, t.offset);
+    if (t.result < 0) t.result = -errno;
+  }
+
   static void work(Shared& s, int file) {
     std::unique_lock<std::mutex> lock(s.mutex);
     for (;;) {
@@ -76,9 +92,7 @@ class Threads final : public Queue {
       Transfer t = s.todo.front();
       s.todo.pop_front();
       lock.unlock();
-      const size_t bytes = static_cast<size_t>(t.bytes);
-      t.result = t.write ? pwrite(file, t.data, bytes, t.offset) : pread(file, t.data, bytes, t.offset);
-      if (t.result < 0) t.result = -errno;
+      move(t, file);
       lock.lock();
       s.done.push_back(t);
       s.ended.notify_one();

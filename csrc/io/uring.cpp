@@ -21,7 +21,9 @@ class Uring final : public Queue {
     io_uring_params p{};
     ring_ = static_cast<int>(syscall(SYS_io_uring_setup, static_cast<unsigned>(depth), &p));
     if (ring_ < 0) return false;
-    if (!(p.features & IORING_FEAT_SINGLE_MMAP)) return false;  // Linux before 5.4
+    // without the first the rings are mapped one by one (Linux before 5.4); the second came with IORING_OP_READ and _WRITE
+    constexpr unsigned kCurrentPosition = 1u << 3;  // IORING_FEAT_RW_CUR_POS, Linux 5.6
+    if (!(p.features & IORING_FEAT_SINGLE_MMAP) || !(p.features & kCurrentPosition)) return false;
     file_ = file;
     depth_ = static_cast<int>(p.sq_entries);
     queue_bytes_ = std::max<size_t>(p.sq_off.array + p.sq_entries * sizeof(unsigned),

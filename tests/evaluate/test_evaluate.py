@@ -148,6 +148,34 @@ def test_a_leak_of_one_position_is_found() -> None:
     assert not leak_test(lambda ids: table[ids], 11, 64).leaks
 
 
+@pytest.mark.parametrize("other", [-1e4, -3e38, -math.inf])
+def test_a_leak_shows_beside_a_logit_of_any_size(other: float) -> None:
+    table = torch.randn(11, 11, generator=torch.Generator().manual_seed(0))
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        found = table[ids] + 0.01 * table[ids].sum(1, keepdim=True)
+        found[..., 3] = other
+        return found
+
+    assert leak_test(logits, 11, 64).leaks
+
+
+def test_logits_that_are_no_numbers_get_no_verdict() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        leak_test(lambda ids: torch.full((*ids.shape, 11), math.nan), 11, 64)
+
+
+def test_a_leak_at_the_end_of_the_text_is_found() -> None:
+    opened = open_model("demo", "hga", config={"routing": "block"})
+    assert opened.leak(1280).leaks
+
+
+def test_an_adapter_is_for_hici(tmp_path: Path) -> None:
+    for method in ("none", "hga", "dca"):
+        with pytest.raises(ValueError, match="adapter is for method 'hici'"):
+            open_model(tmp_path, method, adapter=tmp_path)
+
+
 def test_density_counts_pairs_one_by_one() -> None:
     for recurrence, mode in ((0, "causal_gi"), (3, "causal_shift")):
         config = HiCIConfig(segment_len=8, recurrence_len=recurrence, context_mode=mode, **SLOTS)

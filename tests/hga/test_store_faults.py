@@ -363,6 +363,60 @@ def test_a_failed_prefetch_is_read_again_when_needed(tmp_path) -> None:
             target._engine.tier.bank.drop(torch.arange(target._engine.records.end * 2))
 
 
+def test_a_prefetch_that_cannot_begin_leaves_nothing_that_was_not_read(tmp_path, monkeypatch) -> None:
+    x = tensors(700, seed=1)
+    target = disk(x[1], tmp_path)
+    target.attend(0, *x)
+    tier = target._engine.tier
+    pages = torch.arange(6)
+    wanted = tier.pages(pages)
+    tier.bank.drop(torch.arange(target._engine.records.end * 2))
+    tier.memory.fill_(7)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "no thread")
+
+    monkeypatch.setattr(tier.file, "begin", fails)
+    with pytest.raises(OSError, match="no thread"):
+        tier.prefetch(pages)
+    monkeypatch.undo()
+    assert torch.equal(tier.pages(pages), wanted)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the size of a process")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_threads_transfers_are_done_all_the_same(tmp_path, backend: str) -> None:
+    process = script(
+        f"""
+        import resource
+        s = disk(io={backend!r})
+        first = s.attend(0, *part(400, 0))
+        tier = s._engine.tier
+        wanted = tier.pages(torch.arange(6))
+        tier.bank.drop(torch.arange(s._engine.records.end * 2))
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
+        tier.prefetch(torch.arange(6))
+        found = tier.pages(torch.arange(6))
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert torch.equal(found, wanted)
+        s.close()
+        print("closed", flush=True)
+        """,
+        tmp_path,
+    )
+    assert "closed" in output(process) and process.returncode == 0
+
+
+def test_a_pipe_in_the_directory_is_passed_over(tmp_path) -> None:
+    os.mkfifo(tmp_path / "hici-kv-pipe")
+    x = tensors(100, seed=1)
+    target = disk(x[1], tmp_path)
+    target.attend(0, *x)
+    target.close()
+    assert (tmp_path / "hici-kv-pipe").exists()
+
+
 def test_path_that_takes_no_file(tmp_path) -> None:
     _, k, _ = tensors(4)
     with pytest.raises(KVStoreError, match="no file can be made"):

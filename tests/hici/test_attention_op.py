@@ -328,6 +328,14 @@ def test_compile_inductor():
     assert compiled_run("inductor", True, (9, 14)) == 1
 
 
+@pytest.mark.parametrize("segment_len", [10**6, 2**62, 2**63 - 1])
+def test_segments_longer_than_anything(segment_len):
+    x, local = torch.randn(1, 20, 2, 8), torch.randn(1, 2, 3, 2, 8)
+    options = {"cu_seqlens": torch.tensor([0, 10, 20], dtype=torch.int32), "local_k": local, "local_v": local}
+    found = attention(x, x, x, segment_len=segment_len, impl="cpu", **options)
+    close(found, attention(x, x, x, segment_len=None, impl="reference", **options), 1e-5)
+
+
 def test_meta_shapes():
     q, k = torch.empty(2, 9, 4, 8, device="meta"), torch.empty(2, 9, 2, 8, device="meta")
     out, lse = attention(q, k, k, segment_len=4, return_lse=True)

@@ -183,6 +183,15 @@ def test_compile(dynamic):
     assert counter.frame_count == (1 if dynamic else 3)
 
 
+@pytest.mark.parametrize("segment_len", [10**6, 2**62, 2**63 - 1])
+def test_segments_longer_than_anything(segment_len):
+    hidden, queries = torch.randn(1, 20, 16), torch.randn(4, 8)
+    weights, cu = [torch.randn(8, 16) for _ in range(2)], torch.tensor([0, 10, 20], dtype=torch.int32)
+    given = (hidden, queries, *weights)
+    found = local_slots(*given, num_heads=2, segment_len=segment_len, cu_seqlens=cu, impl="cpu")
+    close(found, local_slots(*given, num_heads=2, segment_len=None, cu_seqlens=cu, impl="reference"), 1e-4)
+
+
 def test_meta_and_autocast():
     x = torch.randn(2, 9, 3)
     weights = [torch.randn(2, 4), torch.randn(4, 3), torch.randn(4, 3)]

@@ -292,6 +292,28 @@ def test_nan_and_inf_of_counting_segments_show(impl: str, causal: bool) -> None:
 
 @each_impl
 @each_causal
+def test_subnormal_extremes_are_kept(impl: str, causal: bool) -> None:
+    x = torch.full((1, 4, 8, 40), -1.0, dtype=torch.bfloat16)
+    tiny = torch.tensor([0x0010], dtype=torch.int16).view(torch.bfloat16)
+    x[0, 1, 3] = tiny
+    out = global_stats(x, causal=causal, impl=impl)
+    last = out[:, -1] if causal else out
+    assert torch.equal(last[0, 1], tiny.expand(40))
+    grad = torch.zeros_like(out)
+    (grad[:, -1] if causal else grad)[:, 1] = 1
+    found = gradient(x, grad, causal=causal, impl=impl)
+    assert torch.equal(found[0, 1, 3], torch.ones(40, dtype=torch.bfloat16)) and found.float().sum() == 40
+
+
+@each_impl
+@each_causal
+def test_a_variance_beyond_the_range_is_infinite(impl: str, causal: bool) -> None:
+    x = (6e18 * sample((1, 4, 8, 40), dtype=torch.float32)).bfloat16()
+    assert not global_stats(x, causal=causal, impl=impl).isnan().any()
+
+
+@each_impl
+@each_causal
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 def test_any_strides(impl: str, causal: bool, dtype: torch.dtype) -> None:
     wide = sample((3, 4, 6, 40), dtype=dtype)

@@ -104,6 +104,15 @@ def test_the_result_is_the_trained_model(model_directory, texts, tmp_path):
     assert loaded.get_input_embeddings().weight.shape[0] == len(WORDS) + 1  # </s> was missing
 
 
+def test_a_finished_run_given_again_changes_nothing(model_directory, texts, tmp_path):
+    recipe = Recipe(**{**SMALL, "max_steps": 2})
+    first = run(model_directory, [texts], tmp_path / "out", recipe)
+    weights = tmp_path / "out" / "hici" / "trainable_params.safetensors"
+    held = weights.read_bytes()
+    again = run(model_directory, [texts], tmp_path / "out", recipe)
+    assert again == first and first["step"] == 2 and weights.read_bytes() == held
+
+
 COMMAND = """
 import sys, torch
 torch.set_num_threads(1)

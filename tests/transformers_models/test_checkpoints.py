@@ -252,6 +252,16 @@ def test_merge_dropping_slots(family, tmp_path):
         merge_hici(adapted, tmp_path, "yes")
 
 
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_adapters_that_are_more_than_a_product_are_not_merged(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = apply_hici(tiny("llama"), hici_config())
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], **{kind: True})
+    with pytest.raises(ValueError, match=kind):
+        merge_hici(peft.get_peft_model(model, lora), tmp_path, keep_slots=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_published_merged_directory(tmp_path):
     """A plain model type with slot modules among its weights, as .bin shards; its config says nothing of them."""
     model = randomise_slots(apply_hici(tiny(), hici_config()))
@@ -493,6 +503,26 @@ def test_no_code_is_run_from_weight_files(tmp_path):
     with pytest.raises(ValueError, match="has no place"):
         extract(fsdp, tmp_path / "out")
     assert not touched.exists() and not (tmp_path / "out").exists()
+
+
+def test_convert_loses_nothing(tmp_path):
+    x = torch.randn(4, 6)
+    for name in ("model.bin", "pytorch_model.bin"):
+        torch.save({"x": x}, tmp_path / name)
+    with pytest.raises(ValueError, match="would both become"):
+        convert(tmp_path, remove=True)
+    wrapped = tmp_path / "more" / "last.bin"
+    wrapped.parent.mkdir()
+    torch.save({"state_dict": {"x": x}, "epoch": torch.tensor(3)}, wrapped)
+    with pytest.raises(ValueError, match="'epoch' beside its tensors"):
+        convert(wrapped, remove=True)
+    assert wrapped.exists() and len(list(tmp_path.glob("*.bin"))) == 2
+    tied = tmp_path / "tied" / "pytorch_model.bin"
+    tied.parent.mkdir()
+    torch.save({"embed": x, "head": x, "tail": x[1:]}, tied)
+    (written,) = convert(tied)
+    back = load_file(written)
+    assert torch.equal(back["head"], x) and torch.equal(back["embed"], x) and torch.equal(back["tail"], x[1:])
 
 
 def test_convert(tmp_path):

@@ -174,7 +174,8 @@ struct Kernel {
       if (!kOneSweep) sum[u] = sum_of<R>(d[u]);
       seen.own[u] = sum[u] * (Acc(1) / R);
       if (kOneSweep) {
-        seen.spread[u] = squares[u] - sum[u] * seen.own[u];
+        // never below the other, but where both have overflowed a difference is no number
+        seen.spread[u] = higher(squares[u] - sum[u] * seen.own[u], squares[u] * (Acc(1) / R));
         continue;
       }
       V part[R / 2];
@@ -328,8 +329,8 @@ struct Kernel {
       const V variance = get(planes.squares + c) * each;
       if (keep) put(means + c, mean, tail);
       leave(out + c, mean, past, tail);
-      leave(out + stride + c, get(planes.top + c), past, tail);
-      leave(out + 2 * stride + c, get(planes.low + c), past, tail);
+      leave_exact(out + stride + c, get(planes.top + c), past, tail);
+      leave_exact(out + 2 * stride + c, get(planes.low + c), past, tail);
       const auto flat = at_most(variance, all(Acc(kVarianceFloor)));
       leave(out + 3 * stride + c, pick(flat, all(Acc(kStdFloor)), root(variance)), past, tail);
       norm.add(mean, mean);
@@ -358,8 +359,8 @@ struct Kernel {
       const auto flat = at_most(variance, all(Acc(kVarianceFloor)));
       put(to.mean + c, own);
       put(to.slope + c, pick(flat, all(Acc(0)), all(Acc(1)) / (root(variance) * rows)));
-      put(to.top + c, get(planes.top + c), tail);
-      put(to.low + c, get(planes.low + c), tail);
+      leave_exact(to.top + c, get(planes.top + c), false, tail);
+      leave_exact(to.low + c, get(planes.low + c), false, tail);
       norm.add(mean, mean);
       along.add(mean, get(unit + c, tail));
     });

@@ -2,6 +2,8 @@
 // and partial vectors, stores that go past the caches.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace hici::cpu::HICI_PATH {
@@ -255,6 +257,26 @@ inline void leave(T* p, V v, bool past, Tail tail) {
   else
     put(p, v, tail);
 }
+
+// As leave(), of values of T, which need no rounding.
+template <class T, class V, class Tail>
+inline void leave_exact(T* p, V v, bool past, Tail tail) {
+  leave(p, v, past, tail);
+}
+#if defined(HICI_PATH_AVX512_BF16)
+// The instruction that rounds to bfloat16 makes 0 of subnormal numbers.
+template <class Tail>
+inline void leave_exact(bfloat16* p, Vec v, bool past, Tail tail) {
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
+  __m256i* const to = reinterpret_cast<__m256i*>(p);
+  if constexpr (std::is_same_v<Tail, Part>)
+    _mm256_mask_storeu_epi16(p, first(tail.n), half);
+  else if (past)
+    _mm256_stream_si256(to, half);
+  else
+    _mm256_storeu_si256(to, half);
+}
+#endif
 
 // Calls body(channel, vectors, tail) for [0, n): `Many` vectors at a time, then one, then what is left.
 template <int N>

@@ -83,7 +83,7 @@ inline f32x8 widen(const float16* p) {
 #else
   const u32x8 half = __builtin_convertvector(read<u16x8>(p), u32x8);
   const u32x8 sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
-  const u32x8 special = reinterpret_cast<u32x8>((half & 0x7c00u) == 0x7c00u) & 0x70000000u;
+  const u32x8 special = reinterpret_cast<u32x8>((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   // the exponent bias is moved by a multiplication, which is exact and normalises subnormals on the way
   const u32x8 finite = reinterpret_cast<u32x8>(reinterpret_cast<f32x8>(magnitude) * 0x1p112f);
   return reinterpret_cast<f32x8>(sign | finite | special);

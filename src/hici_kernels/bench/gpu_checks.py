@@ -238,6 +238,10 @@ def _global_stats(device: torch.device) -> Iterator[Check]:
         yield problem("left out", dtype, (2, 5, 8, 512), valid=valid)
         yield problem("left out, causal", dtype, (2, 5, 8, 512), valid=valid, causal=True)
         yield problem(
-            "packed", dtype, (1, 7, 8, 512), cu_segments=torch.tensor([0, 3, 7], dtype=torch.int32), causal=True
+            "packed",
+            dtype,
+            (1, 7, 8, 512),
+            cu_segments=torch.tensor([0, 3, 7], dtype=torch.int32, device=device),
+            causal=True,
         )
         yield problem("many segments", dtype, (1, 600, 8, 512))

@@ -45,9 +45,12 @@ def convert(path: str | Path, *, remove: bool = False, progress: Callable[[str],
     for target in targets.values():
         if target.exists():
             raise ValueError(f"{target} exists already; remove it to convert again")
+    if len(set(targets.values())) < len(targets):
+        twice = sorted(str(t) for t in targets.values() if list(targets.values()).count(t) > 1)[0]
+        raise ValueError(f"{path} holds two files that would both become {twice}")
     written = []
     for source in sources:
-        tensors = dict(files.read(source))
+        tensors = _tensors(source)
         files.write(targets[source], tensors)
         _compare(tensors, targets[source])
         written.append(targets[source])
@@ -62,6 +65,15 @@ def convert(path: str | Path, *, remove: bool = False, progress: Callable[[str],
         for source in [*sources, *indices]:
             source.unlink()
     return written
+
+
+def _tensors(source: Path) -> dict[str, Tensor]:
+    held = files.load_plain(source)
+    if isinstance(held, dict) and isinstance(held.get("state_dict"), dict) and len(held) > 1:
+        beside = sorted(str(key) for key in held if key != "state_dict")[0]
+        raise ValueError(f"{source} holds {beside!r} beside its tensors, which a .safetensors file would lose")
+    del held
+    return dict(files.read(source))
 
 
 def _renamed(name: str) -> str:

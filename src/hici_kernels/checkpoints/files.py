@@ -83,7 +83,12 @@ def shards(directory: Path, stem: str) -> list[Path]:
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file; tensors that share memory are written apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    apart = {name: _own(x) for name, x in tensors.items()}
+    apart, storages = {}, set()
+    for name, x in tensors.items():
+        own = _own(x)
+        at = own.untyped_storage().data_ptr()
+        apart[name] = own.clone() if own.numel() and at in storages else own
+        storages.add(at)
     _atomically(path, lambda to: save_file(apart, to, {"format": "pt", **(metadata or {})}))
 
 

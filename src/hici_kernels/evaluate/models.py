@@ -109,6 +109,8 @@ def open_model(
     from ..integrations.chat import open_model as open_directory
     from ..integrations.hici import config_of
 
+    if adapter is not None and method != "hici":
+        raise ValueError(f"adapter is for method 'hici', got method={method!r} with {str(adapter)!r}")
     values = dict(config or {})
     place = _checks.device("device", device)
     found: Any

@@ -69,6 +69,8 @@ def open_model(
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if adapter is not None and method != "hici":
+        raise ValueError(f"adapter is for method 'hici', got method={method!r} with {str(adapter)!r}")
     place = _checks.device("device", device)
     if method == "hga":
         routed = HGAConfig.from_dict(dict(config or {}))

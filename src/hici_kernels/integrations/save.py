@@ -104,6 +104,11 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         layer: Any = module
         if hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight"):
+            for kind, used in (("use_dora", layer.use_dora), ("lora_bias", getattr(layer, "lora_bias", {}))):
+                if any(used.get(adapter) for adapter in layer.active_adapters):
+                    raise ValueError(f"{prefix} has LoRA with {kind}=True, expected plain LoRA: its product is not all")
+            if len(layer.lora_embedding_A):
+                raise ValueError(f"{prefix} has LoRA on an embedding, expected it on linear modules only")
             name = f"{names.canonical(prefix + '.')}weight"
             weight = merged[name]
             total = weight.float()

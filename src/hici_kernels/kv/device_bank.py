@@ -46,6 +46,11 @@ class DeviceBank:
         self.hits = self.misses = self.moved = 0
         self.busy = 0.0
 
+    def __del__(self) -> None:
+        reading = getattr(self, "_reading", None)
+        if reading is not None:
+            reading.synchronize()  # a kernel may read the memory below, which goes away with this
+
     @property
     def lower(self) -> Tier:
         """The tier below, when no kernel reads its memory any more."""

@@ -104,8 +104,13 @@ class Disk:
         if not len(absent):
             return
         slots = self.bank.place(absent)
+        try:
+            request = self.file.begin(slots, absent, ahead=True)
+        except BaseException:
+            self.bank.drop(absent)
+            raise
         self.prefetched += len(absent)
-        self._coming = self.file.begin(slots, absent, ahead=True), absent
+        self._coming = request, absent
 
     def counters(self) -> dict[str, float]:
         file = self.file.counters()
@@ -152,6 +157,9 @@ class Disk:
             self.file.end(request, pages)
         except KVStoreError:
             self.bank.drop(pages)
+        except BaseException:
+            self.bank.drop(pages)
+            raise
 
     def _account(self) -> None:
         self.meter.set("host", "lists", self.bank.nbytes + self.file.nbytes)

@@ -75,7 +75,7 @@ def run(
     if engine == "fsdp2" and recipe.dtype != "float32":
         raise ValueError("engine fsdp2 needs dtype float32: all parameters of a layer are sharded as one type")
 
-    from transformers import TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
     from .data import PackedRows, collate, prepare
     from .model import build
@@ -118,7 +118,11 @@ def run(
     if args.should_save:
         files.write_text(out / "recipe.json", json.dumps({"kind": kind, **recipe.to_dict()}, indent=2) + "\n")
     start = last_complete(out, args.world_size) if resume else None
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if start is not None and int(start.name.removeprefix("checkpoint-")) >= recipe.max_steps:
+        # a trainer that is resumed takes one more step before it looks whether it has come to the end
+        trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.accelerator.wait_for_everyone()
     result = out / RESULT
     if args.should_save:

@@ -121,7 +121,8 @@ def forward(
     if out.numel() == 0:
         return out, lse
 
-    cut = Cut.of(q, k, segment_len, recurrence_len, cu_seqlens, (global_k, local_k, prefix_mask))
+    offsets = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True)
+    cut = Cut.of(q, k, segment_len, recurrence_len, offsets, (global_k, local_k, prefix_mask))
     chosen = tuning.configuration(
         "attention", tuning.architecture(q.device), head_dim=d, segment_len=cut.segment_len, dtype=q.dtype
     )
@@ -241,9 +242,10 @@ def descriptors(k: Tensor, v: Tensor, rows: int) -> tuple[Any, ...] | None:
             return None
         row_b = sb // sn if b > 1 else 0
         # heads side by side within a row, or each with rows of its own
-        row_h, column_h = (0, sh) if h == 1 or (h - 1) * sh + d <= sn else (sh // sn, 0)
-        if row_h and sh % sn:
+        beside = h == 1 or (h - 1) * sh + d <= sn
+        if not beside and sh % sn:
             return None
+        row_h, column_h = (0, sh) if beside else (sh // sn, 0)
         last = (b - 1) * row_b + (h - 1) * row_h + s
         if last >= 2**31:
             return None
