@@ -19,8 +19,7 @@ def weights(scores, level, factor, FUSED: tl.constexpr):
     """
     if FUSED:
         return tl.exp2(scores * factor - level)
-    x = scores * factor - level
-    return tl.exp(tl.where(x > 0.0, 0.0, x))  # a minimum would make a number of NaN
+    return tl.exp(tl.minimum(scores * factor - level, 0.0))
 
 
 @triton.jit
