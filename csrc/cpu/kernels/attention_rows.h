@@ -68,6 +68,7 @@ struct Weights {
   static Vec power(Vec x) { return exp(x); }
 };
 
+#if defined(HICI_PATH_AVX512_BF16)
 // In powers of 2, with scale and log2(e) in one factor and a third of the instructions saved. Only where weights keep 8
 // bits: the rounding of that factor shows in gradients of float32, and scales like 1/8 would no longer be exact.
 template <>
@@ -78,6 +79,7 @@ struct Weights<bfloat16> {
   static double level_of(float top) { return top * kLn2; }
   static Vec power(Vec x) { return exp2(x); }
 };
+#endif
 
 // The product is rounded before top, another such product, is taken from it: of scores beyond 2^23 the largest would not
 // be 0 otherwise.

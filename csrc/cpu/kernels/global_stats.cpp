@@ -174,7 +174,7 @@ struct Kernel {
       if (!kOneSweep) sum[u] = sum_of<R>(d[u]);
       seen.own[u] = sum[u] * (Acc(1) / R);
       if (kOneSweep) {
-        // never below the other, but where both have overflowed a difference is no number
+        // the second is never the larger one, but still infinite where the first is the difference of two infinities
         seen.spread[u] = higher(squares[u] - sum[u] * seen.own[u], squares[u] * (Acc(1) / R));
         continue;
       }

@@ -178,27 +178,19 @@ inline Vec exp(Vec x) {
   return scale_by_power(y, n);
 }
 
+#if defined(HICI_PATH_AVX512_BF16)
 // 2^t for t up to 127; 0 where that is below every float; NaN stays NaN. Relative error below 2^-22, of the polynomial
-// 8e-8; 1 for 0.
+// 8e-8; 1 for 0. For weights that are rounded to bfloat16, so where its products are.
 inline Vec exp2(Vec t) {
-#if defined(HICI_PATH_AVX512)
   // what t is above the integer below it, 0 if infinite; the last step takes that integer of t itself
   const Vec r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#else
-  t = max(splat(-150.0f), t);
-  const Vec n = round(sub(t, splat(0.5f))), r = sub(t, n);
-#endif
   Vec y = splat(1.86713005e-3f);
   y = fma(y, r, splat(9.01703071e-3f));
   y = fma(y, r, splat(5.57999127e-2f));
   y = fma(y, r, splat(2.40164444e-1f));
   y = fma(y, r, splat(6.93151295e-1f));
-  y = fma(y, r, splat(1.0f));
-#if defined(HICI_PATH_AVX512)
-  return scale_by_power(y, t);
-#else
-  return scale_by_power(y, n);
-#endif
+  return scale_by_power(fma(y, r, splat(1.0f)), t);
 }
+#endif
 
 }  // namespace hici::cpu::HICI_PATH
