@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from ._optional import missing
+from .tuning.chips import architecture, generation, vendor
+
+# Older GPUs have no products of bfloat16 and no asynchronous copies, and no kernel is compiled for them ahead of time.
+OLDEST = 80
 
 
 def interpreted() -> bool:
@@ -37,6 +41,9 @@ def unavailable() -> str | None:
 
 def rejects_device(name: str, x: Tensor, interpreter: bool) -> str | None:
     """Why kernels compiled (or, ``interpreter``, interpreted) cannot read argument ``name``, or None."""
+    arch = architecture(x.device)
+    if vendor(arch) == "nvidia" and generation(arch) < OLDEST:
+        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, {name} is on one of {arch}"
     if x.device.type == "cuda" or (x.device.type == "cpu" and interpreter):
         return None
     if x.device.type == "cpu":

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
+import tokenizers
 import torch
 import transformers as hf
 from test_chat_and_cli import WORDS, save_tokenizer
@@ -77,7 +78,7 @@ def test_a_run_does_what_the_recipe_says(model_directory, texts, tmp_path):
     assert max(entry["hici_grad_norm"] for entry in lines) > 0.05
 
     loaded = load_hici(hf.AutoModelForCausalLM.from_pretrained(model_directory), done["result"])
-    rows = PackedRows(next((tmp_path / "out" / "data").glob("*")), recipe)
+    rows = PackedRows(next((tmp_path / "out" / "data").glob("*")), recipe, 8)
     batch = collate([rows[i] for i in range(len(rows))])
     with torch.no_grad():
         assert loaded.eval()(**batch, use_cache=False).loss < before.eval()(**batch, use_cache=False).loss - 0.05
@@ -111,6 +112,60 @@ def test_a_finished_run_given_again_changes_nothing(model_directory, texts, tmp_
     held = weights.read_bytes()
     again = run(model_directory, [texts], tmp_path / "out", recipe)
     assert again == first and first["step"] == 2 and weights.read_bytes() == held
+
+
+@pytest.mark.parametrize("changes", [{"lora_r": 0}, {"trainable": ["norm", "lm_head", "mlp.down_proj"]}])
+def test_what_else_the_recipe_trains_is_kept(changes, model_directory, texts, tmp_path):
+    """Every parameter, or some that no published checkpoint has: in the result, and where a run goes on."""
+    out = tmp_path / "out"
+    recipe = Recipe(**{**SMALL, **changes, "max_steps": 4})
+    done = run(model_directory, [texts], out, recipe)
+    model, _ = build(model_directory, recipe)
+    begun = {n: p.detach().clone() for n, p in model.named_parameters()}
+    HiCITrainer._load_from_checkpoint(trainer_of(model, recipe, tmp_path), str(out / "checkpoint-4"))
+    after = dict(model.named_parameters())
+    moved = {n for n, p in after.items() if not torch.equal(p, begun[n])}
+    others = {n for n in after if "mlp.down_proj" in n and "lora" not in n} | {"lm_head.weight"}
+    assert others < moved
+    loaded = load_hici(hf.AutoModelForCausalLM.from_pretrained(model_directory), done["result"])
+    assert worst(loaded(prompt(), use_cache=False).logits, model.eval()(prompt(), use_cache=False).logits) < 1e-5
+    (out / "checkpoint-4" / "trainer_state.json").unlink()  # as if killed while it was written
+    before = metrics(out)
+    again = run(model_directory, [texts], out, recipe)
+    assert again["step"] == 4 and [e["step"] for e in metrics(out)] == [1, 2, 3, 4]
+    assert [e["loss"] for e in metrics(out)] == pytest.approx([e["loss"] for e in before], rel=1e-5)
+
+
+def trainer_of(model, recipe, out):
+    return HiCITrainer(model, recipe, hf.TrainingArguments(output_dir=str(out), use_cpu=True, report_to=[]))
+
+
+def test_a_folder_belongs_to_one_run(model_directory, texts, tmp_path):
+    out, recipe = tmp_path / "out", {**SMALL, "max_steps": 2}
+    run(model_directory, [texts], out, Recipe(**recipe))
+    held = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        run(model_directory, [texts], out, Recipe(**recipe), resume=False)
+    with pytest.raises(ValueError, match=r"learning_rate = 0.001, this one has 0.5"):
+        run(model_directory, [texts], out, Recipe(**{**recipe, "learning_rate": 0.5}))
+    more = tmp_path / "more.txt"
+    more.write_text("w1 w2 w3", encoding="utf-8")
+    with pytest.raises(ValueError, match="data = "):
+        run(model_directory, [texts, more], out, Recipe(**recipe))
+    torch.save({}, out / "checkpoint-2" / "rng_state_0.pth")
+    (out / "checkpoint-2" / "rng_state.pth").rename(out / "checkpoint-2" / "rng_state_1.pth")
+    with pytest.raises(ValueError, match="are of 2 processes, this run has 1"):
+        run(model_directory, [texts], out, Recipe(**recipe))
+    assert (out / "metrics.jsonl").read_bytes() == held
+    assert json.loads((out / "recipe.json").read_text(encoding="utf-8"))["learning_rate"] == 1e-3
+
+
+def test_a_tokenizer_with_other_rules_has_other_rows(model_directory, texts, tmp_path):
+    _, tokenizer = build(model_directory, Recipe(**SMALL))
+    first = prepare([texts], "text", tokenizer, Recipe(**SMALL), tmp_path)
+    assert prepare([texts], "text", tokenizer, Recipe(**SMALL), tmp_path) == first
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    assert prepare([texts], "text", tokenizer, Recipe(**SMALL), tmp_path) != first
 
 
 COMMAND = """
@@ -169,7 +224,7 @@ def test_packing_keeps_documents_apart(model_directory, texts, tmp_path):
     randomise_slots(model)
     folder = prepare([texts], "text", tokenizer, recipe, tmp_path)
     assert prepare([texts], "text", tokenizer, recipe, tmp_path) == folder
-    rows = PackedRows(folder, recipe)
+    rows = PackedRows(folder, recipe, 8)
     batch = collate([rows[0], rows[1]])
     cu = batch["cu_seq_lens_q"].tolist()
     assert batch["input_ids"].shape[1] == cu[-1] <= 128 and len(cu) > 3
@@ -194,7 +249,7 @@ def test_answers_alone_are_learned(model_directory, tmp_path):
     path.write_text(json.dumps(entries), encoding="utf-8")
     recipe = Recipe(**SMALL)
     _, tokenizer = build(model_directory, recipe)
-    rows = PackedRows(prepare([path], "answers", tokenizer, recipe, tmp_path / "data"), recipe)
+    rows = PackedRows(prepare([path], "answers", tokenizer, recipe, tmp_path / "data"), recipe, 8)
     assert rows.meta["documents"] == 10 and rows.meta["longer_than_a_row"] == 1
     row = rows[0]
     for a, b in zip(row["starts"], [*row["starts"][1:], len(row["labels"])], strict=True):
@@ -204,8 +259,15 @@ def test_answers_alone_are_learned(model_directory, tmp_path):
         assert learned[-4:].tolist() == answer
 
 
-def test_sft_command_from_a_checkpoint(model_directory, texts, tmp_path):
-    """hici train, then hici sft on its result: slots, LoRA and tokens go on; TensorBoard files where asked for."""
+def test_sft_command_from_a_checkpoint(model_directory, texts, tmp_path, monkeypatch):
+    """hici train, then hici sft on its result: slots, their segments, LoRA and tokens go on."""
+    lengths, get = set(), PackedRows.__getitem__
+
+    def spy(rows, i):
+        lengths.add((row := get(rows, i))["segment_len"])
+        return row
+
+    monkeypatch.setattr(PackedRows, "__getitem__", spy)
     path = tmp_path / "answers.jsonl"
     path.write_text("\n".join(json.dumps({"instruction": f"w{i}", "output": f"w{i + 1} w2"}) for i in range(30)))
     settings = [x for k, v in {**SMALL, "max_steps": 2}.items() for x in ("--set", f"{k}={json.dumps(v)}")]
@@ -215,14 +277,21 @@ def test_sft_command_from_a_checkpoint(model_directory, texts, tmp_path):
     arguments = ["sft", "--model", str(model_directory), "--data", str(path), "--out", str(tmp_path / "b"),
                  "--adapter", str(tmp_path / "a" / "hici"), "--json", str(tmp_path / "new" / "b.json"),
                  "--chart", str(tmp_path / "new" / "b.png"), *settings,
-                 "--set", "hici={}"]  # fmt: skip
+                 "--set", "hici={}", "--set", "context=128"]  # fmt: skip
     second = CliRunner().invoke(app, arguments)
     assert second.exit_code == 0, second.output
     done = json.loads((tmp_path / "new" / "b.json").read_text(encoding="utf-8"))
     assert (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
     loaded = load_hici(hf.AutoModelForCausalLM.from_pretrained(model_directory), done["result"])
     assert sum("lora_" in n for n, _ in loaded.named_parameters()) == 2 * 24
-    assert loaded.config.hici["num_local_slots"] == 5
+    assert loaded.config.hici["num_local_slots"] == 5 and loaded.config.hici["segment_len"] == 8
+    assert lengths == {8}
+    saved = tmp_path / "a" / "hici" / "hici_config.json"
+    content = json.loads(saved.read_text(encoding="utf-8"))
+    content["hici"] |= {"segment_len": None, "num_segments": 4}
+    saved.write_text(json.dumps(content), encoding="utf-8")
+    third = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "c")])
+    assert third.exit_code != 0 and "cuts texts by num_segments" in third.output
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -253,7 +322,7 @@ def test_mixed_segments_under_gradient_checkpointing(reentrant):
 def test_mixed_segments_are_drawn_by_row(model_directory, texts, tmp_path):
     recipe = Recipe(**{**SMALL, "mixed_segments": [8, 16, 32]})
     _, tokenizer = build(model_directory, recipe)
-    rows = PackedRows(prepare([texts], "text", tokenizer, recipe, tmp_path), recipe)
+    rows = PackedRows(prepare([texts], "text", tokenizer, recipe, tmp_path), recipe, 8)
     drawn = [rows[i]["segment_len"] for i in range(len(rows))]
     assert drawn == [rows[i]["segment_len"] for i in range(len(rows))] and len(set(drawn)) == 3
 
@@ -315,6 +384,14 @@ def test_rope_rule():
         ({"hici": {"num_segments": 4}}, "needs a segment_len"),
         ({"hici": {"slots": 4}}, "slots"),
         ({"template": "x"}, "instruction"),
+        ({"template": "{instruction} {}"}, "its only field"),
+        ({"template": "{instruction} {"}, "its only field"),
+        ({"template": 5}, "its only field"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"gradient_checkpointing": "False"}, "gradient_checkpointing must be true or false"),
+        ({"special_tokens": 0}, "special_tokens must be true or false"),
+        ({"trainable": [""]}, "trainable must list names"),
+        ({"lora_targets": [3]}, "lora_targets must list names"),
         ({"learning_rat": 1.0}, "not a field of Recipe"),
     ],
 )
@@ -358,7 +435,7 @@ def test_a_step_past_the_clip_is_an_error(model_directory, texts, tmp_path):
     """An engine that swaps the optimizer for its own would otherwise train without the clip, silently."""
     recipe = Recipe(**{**SMALL, "max_steps": 1})
     model, tokenizer = build(model_directory, recipe)
-    rows = PackedRows(prepare([texts], "text", tokenizer, recipe, tmp_path / "data"), recipe)
+    rows = PackedRows(prepare([texts], "text", tokenizer, recipe, tmp_path / "data"), recipe, 8)
     args = hf.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=1,

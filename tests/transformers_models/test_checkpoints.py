@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import pickle
 from pathlib import Path
@@ -16,34 +15,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny_models import hici_config, prompt, randomise_slots, slots_of, tiny, worst
 from torch import Tensor
+from trained_models import LORA, SAID, TOLERANCE, logits, trained
 
 from hici_kernels import HiCIConfig
 from hici_kernels.checkpoints import convert, extract
 from hici_kernels.integrations import apply_hici, load_hici, merge_hici, restore, save_hici
-
-TOLERANCE = 1e-5
-# what shapes cannot tell
-SAID = {"num_heads": 4, "context_mode": "causal_shift", "segment_len": 8, "rope_factor": 1.0}
-LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-
-
-def trained(family="llama", rows=None, **sizes):
-    """A model after "training": slots, LoRA on host and slots, new embedding rows, changed norms."""
-    peft = pytest.importorskip("peft")
-    model = tiny(family, **sizes)
-    if rows is not None:
-        mean = model.lm_head.weight.detach().float().mean(0)
-        before = model.lm_head.weight.shape[0]
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():
-            model.lm_head.weight[before:] = mean
-    randomise_slots(apply_hici(model, hici_config()))
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name or "embed" in name:
-                p.add_(0.1 * torch.randn_like(p))
-    return peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False), autocast_adapter_dtype=False)
 
 
 def published(adapted, adapter_dtype=torch.bfloat16) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -83,11 +59,6 @@ def rounded(adapted):
             if "lora_" in name:
                 p.copy_(p.bfloat16())
     return adapted.eval()
-
-
-def logits(model, ids=None, **kwargs):
-    with torch.no_grad():
-        return model(input_ids=prompt() if ids is None else ids, use_cache=False, **kwargs).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -219,6 +190,48 @@ def test_save_and_load(family, tmp_path):
     save_hici(alone, tmp_path / "alone")
     assert not (tmp_path / "alone" / "adapter_model.safetensors").exists()
     assert worst(logits(load_hici(tiny(family), tmp_path / "alone")), logits(alone)) < TOLERANCE
+
+
+def test_biases_that_an_adapter_trains_are_saved(tmp_path):
+    """And what else is named; both come back from the same file."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(**LORA, init_lora_weights=False, bias="lora_only")
+    adapted = peft.get_peft_model(randomise_slots(apply_hici(tiny(attention_bias=True), hici_config())), lora)
+    changed = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if name.endswith((".bias", changed)):
+                p.add_(torch.randn_like(p))
+    save_hici(adapted, tmp_path, also=[changed])
+    assert worst(logits(load_hici(tiny(attention_bias=True), tmp_path)), logits(adapted.eval())) < TOLERANCE
+    with pytest.raises(ValueError, match=r"also names 'model\.norm\.bias'"):
+        save_hici(adapted, tmp_path / "out", also=["model.norm.bias"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_on_a_tied_head(tmp_path):
+    """Beside the shared matrix it is the head's alone; added to it, it would be the embedding's too."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapted = randomise_slots(apply_hici(tiny(tie_word_embeddings=True), hici_config()))
+    adapted = peft.get_peft_model(adapted, lora).eval()
+    save_hici(adapted, tmp_path)
+    loaded = load_hici(tiny(tie_word_embeddings=True), tmp_path)
+    assert worst(logits(loaded), logits(adapted)) < TOLERANCE
+    assert worst(logits(loaded), logits(load_without_head(tmp_path))) > 1e-3
+    with pytest.raises(ValueError, match="LoRA for lm_head, whose weight the model ties"):
+        load_hici(tiny(tie_word_embeddings=True), tmp_path, merge_lora=True)
+    with pytest.raises(ValueError, match=r"lm_head has LoRA and a weight tied"):
+        merge_hici(adapted, tmp_path / "merged", keep_slots=True)
+
+
+def load_without_head(path):
+    loaded = load_hici(tiny(tie_word_embeddings=True), path)
+    with torch.no_grad():
+        for name, p in loaded.named_parameters():
+            if "lm_head.lora_B" in name:
+                p.zero_()
+    return loaded
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -503,103 +516,3 @@ def test_no_code_is_run_from_weight_files(tmp_path):
     with pytest.raises(ValueError, match="has no place"):
         extract(fsdp, tmp_path / "out")
     assert not touched.exists() and not (tmp_path / "out").exists()
-
-
-def training_state() -> dict[str, Tensor]:
-    """What a training run's model holds: every tensor under PEFT's names, adapters named "default"."""
-    return {k: v.detach().clone() for k, v in trained().state_dict().items()}
-
-
-def check_extracted(out: Path, state: dict[str, Tensor]) -> None:
-    adapter, trainable = load_file(out / "adapter_model.safetensors"), load_file(out / "trainable_params.safetensors")
-    assert len(adapter) == 2 * 24 and len(trainable) == 2 * 20 + 2
-    for name, x in state.items():
-        if "lora" in name:
-            assert torch.equal(adapter.pop(name.replace("default.", "")), x.float())
-        elif any(part in name for part in ("embed", "norm", "local_constructor", "global_integrator")):
-            assert torch.equal(trainable.pop(name[17:].replace(".base_layer.", ".")), x.float())
-    assert not adapter and not trainable
-    loaded = load_hici(tiny(), out, lora_alpha=4, **SAID)
-    model = trained().eval()
-    assert worst(logits(loaded), logits(model)) < TOLERANCE
-
-
-def split(flat: Tensor, ranks: int) -> list[Tensor]:
-    each = -(-flat.numel() // ranks)
-    return list(torch.nn.functional.pad(flat, (0, each * ranks - flat.numel())).split(each))
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_extract_from_zero_shards(stage, ranks, tmp_path):
-    """Shards built by the optimizer's rules: groups flattened and split (2), every parameter split (3), some frozen."""
-    state = training_state()
-    step = tmp_path / "run" / "global_step7"
-    step.mkdir(parents=True)
-    (tmp_path / "run" / "latest").write_text("global_step7", encoding="utf-8")
-    names = [k for k in state if "lora" in k or any(p in k for p in ("embed", "norm", "local_", "global_"))]
-    frozen = [k for k in state if k not in names]
-    groups = [names[::2], names[1::2]]
-    shapes = [collections.OrderedDict((k, state[k].shape) for k in g) for g in groups]
-    flats: list[list[Tensor]] = [[] for _ in range(ranks)]
-    for g in groups:
-        if stage == 2:
-            pieces = split(torch.cat([state[k].flatten().float() for k in g]), ranks)
-        else:
-            per_name = [split(state[k].flatten().float(), ranks) for k in g]
-            pieces = [torch.cat([p[r] for p in per_name]) for r in range(ranks)]
-        for r in range(ranks):
-            flats[r].append(pieces[r])
-    key = "single_partition_of_fp32_groups" if stage == 2 else "fp32_flat_groups"
-    for r in range(ranks):
-        optimizer = {"zero_stage": stage, "partition_count": ranks, key: flats[r], "ds_version": "0.14"}
-        torch.save({"optimizer_state_dict": optimizer}, step / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
-        model = {"module": {}, "buffer_names": [], "param_shapes": shapes, "shared_params": {}}
-        if stage == 2:
-            model["frozen_param_shapes"] = {k: state[k].shape for k in frozen}
-            model["frozen_param_fragments"] = {k: state[k] for k in frozen}
-            name = "mp_rank_00_model_states.pt"
-        else:
-            model["frozen_param_shapes"] = {k: state[k].shape for k in frozen}
-            model["frozen_param_fragments"] = {k: split(state[k].flatten(), ranks)[r] for k in frozen}
-            name = f"zero_pp_rank_{r}_mp_rank_00_model_states.pt"
-        if stage == 3 or r == 0:
-            torch.save(model, step / name)
-    counts = extract(tmp_path / "run", tmp_path / "out")
-    assert counts == {"trainable_params": 42, "adapter_model": 48}
-    check_extracted(tmp_path / "out", state)
-    if ranks > 1:
-        (step / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-        with pytest.raises(ValueError, match="holds 2 of 3 optimizer shards"):
-            extract(tmp_path / "run", tmp_path / "other")
-        assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_extract_from_a_sharded_checkpoint(wrapped, tmp_path):
-    import torch.distributed.checkpoint as dcp
-
-    state = training_state()
-    held = {"model": state, "step": 3} if wrapped else state
-    dcp.save(held, checkpoint_id=tmp_path / "run" / "pytorch_model_fsdp_0", no_dist=True)
-    extract(tmp_path / "run", tmp_path / "out")
-    check_extracted(tmp_path / "out", state)
-
-
-def test_extract_from_plain_weights(tmp_path):
-    state = training_state()
-    (tmp_path / "run").mkdir()
-    torch.save(state, tmp_path / "run" / "pytorch_model.bin")
-    (tmp_path / "run" / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}', encoding="utf-8")
-    extract(tmp_path / "run", tmp_path / "out")
-    check_extracted(tmp_path / "out", state)
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
-    extract(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16)
-    assert {x.dtype for x in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match="no weights this library knows"):
-        extract(empty, tmp_path / "none")
-    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, empty / "model.safetensors")
-    with pytest.raises(ValueError, match="none of local_constructor"):
-        extract(empty, tmp_path / "none")

@@ -21,6 +21,10 @@ def test_convert_loses_nothing(tmp_path):
     with pytest.raises(ValueError, match="'epoch' beside its tensors"):
         convert(wrapped, remove=True)
     assert wrapped.exists() and len(list(tmp_path.glob("*.bin"))) == 2
+    odd = tmp_path / "odd" / "a.binary.bin"
+    odd.parent.mkdir()
+    torch.save({"x": x}, odd)
+    assert [w.name for w in convert(odd)] == ["a.binary.safetensors"]
     tied = tmp_path / "tied" / "pytorch_model.bin"
     tied.parent.mkdir()
     torch.save({"embed": x, "head": x, "tail": x[1:]}, tied)

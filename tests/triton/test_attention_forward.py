@@ -57,6 +57,19 @@ def each_dtype(name, **fields):
     return [Case(f"{name} {str(d).removeprefix('torch.')}", dtype=d, **fields) for d in (F32, BF16, F16)]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_query_that_is_no_number_gets_none(dtype):
+    q, k, v = (torch.randn(1, 3, 1, 16).to(dtype) for _ in range(3))
+    q[0, 1] = torch.nan
+    tensors = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
+    out, lse = run(tensors, {})
+    assert out[0, 1].isnan().all() and lse[0, 0, 1].isnan()
+    assert out[0, [0, 2]].isfinite().all() and lse[0, 0, [0, 2]].isfinite().all()
+    with tiles():
+        out.float().sum().backward()
+    assert v.grad[0, :2].isnan().all() and v.grad[0, 2].isfinite().all()
+
+
 CASES = [
     # shapes of tiles, segments and heads
     *each_dtype("one segment"),

@@ -5,10 +5,11 @@ import importlib
 import pytest
 import torch
 
-from hici_kernels import HGAConfig, Rope, _dispatch, attention, global_stats, local_slots
+from hici_kernels import HGAConfig, ImplError, Rope, _dispatch, attention, global_stats, local_slots
 from hici_kernels.ops.hga_attention.api import hga_attention
 from hici_kernels.ops.hga_route.api import hga_route
 from hici_kernels.ops.hga_summaries.api import hga_summaries
+from hici_kernels.tuning.chips import pretend
 
 pytest.importorskip("triton.language")
 
@@ -76,3 +77,9 @@ def test_summaries_and_routes_too(seen):
 @pytest.mark.parametrize("op", (*OPS, *FORWARD))
 def test_they_can_run(op):
     assert _dispatch.explain(op)["triton"] is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gpus_older_than_the_kernels_are_named(op):
+    with pretend("sm_75"), pytest.raises(ImplError, match=r"from sm_80 .* is on one of sm_75"):
+        call(op, "triton")

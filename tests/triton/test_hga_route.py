@@ -13,7 +13,7 @@ from hici_kernels import HGAConfig, ImplError
 from hici_kernels.ops.hga_route import triton as launch
 from hici_kernels.ops.hga_route.api import budgets, hga_route
 from hici_kernels.ops.hga_route.op import route_forward
-from hici_kernels.tuning.chips import pretend
+from hici_kernels.tuning.chips import SHARED_MEMORY, pretend
 
 pytest.importorskip("triton.language")
 
@@ -66,6 +66,22 @@ def test_without_a_window_the_previous_chunk_is_forced(routing):
 def test_heads_and_widths(group, d):
     dtype = DTYPES[(group + d) % 3]
     same(tables(3, 20, hq=group, hkv=1, d=d, dtype=dtype), config(topk_groups=2 + group))
+
+
+@pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_heads_some_columns_at_a_time(routing, dtype):
+    same(tables(6, 9, hq=6, hkv=2, d=160, dtype=dtype), config(routing=routing, share="kv"))
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_tiles_fit_shared_memory(arch, dtype):
+    q = torch.empty(1, 1, 64, 256, dtype=dtype, device="meta")
+    with pretend(arch):
+        for rows, keys in ((64, 128), (128, 256)):
+            wide = launch.columns(q, rows, keys)
+            assert 16 <= wide <= 256 and (rows + keys) * wide * q.element_size() <= SHARED_MEMORY[arch]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

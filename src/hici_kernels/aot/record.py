@@ -220,9 +220,11 @@ def _hga_route(entry: Entry) -> Problems:
 
     dtype, d = getattr(torch, entry.dtype), entry.head_dim
 
-    def call(t: int, n: int, budgets: tuple[int, ...], *rule: Any, positions: bool = False) -> tuple[Any, ...]:
-        q = torch.empty(2, t, 32, d, dtype=dtype, device=NOWHERE)
-        tables = (torch.empty(2, n, *x, 8, d, dtype=dtype, device=NOWHERE) for x in ((), (4,)))
+    def call(
+        t: int, n: int, budgets: tuple[int, ...], *rule: Any, positions: bool = False, d: int = d, h: int = 8
+    ) -> tuple[Any, ...]:
+        q = torch.empty(2, t, 32 if h > 1 else 64, d, dtype=dtype, device=NOWHERE)
+        tables = (torch.empty(2, n, *x, h, d, dtype=dtype, device=NOWHERE) for x in ((), (4,)))
         at = torch.empty(2, t, dtype=torch.int64, device=NOWHERE) if positions else None
         return (q, *tables, at, 0, *budgets, *rule, 0, 0, None)
 
@@ -233,6 +235,13 @@ def _hga_route(entry: Entry) -> Problems:
         yield "prefix", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query")
         if serves_block(entry.arch):
             yield "block, kv, positions, no window", call(256, 64, NO_WINDOW, "block", 64, "kv", positions=True)
+    if entry.dtype == "float32":
+        # the most that tiles ask of shared memory and registers
+        yield (
+            "strict, 64 heads on one, head_dim 256",
+            call(4096, 64, DEFAULT_BUDGETS, "strict", 64, "query", d=256, h=1),
+        )
+        yield "prefix, head_dim 256", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query", d=256)
 
 
 def _hga_attention(entry: Entry) -> Problems:

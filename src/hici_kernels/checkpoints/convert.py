@@ -79,10 +79,8 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 def _renamed(name: str) -> str:
     if name.startswith("pytorch_model"):
         name = name.removeprefix("pytorch_")
-    stem, dot, index = name.partition(".bin")
-    if not dot:
-        stem, index = Path(name).stem, ""
-    return f"{stem}.safetensors{index}"
+    index = ".index.json" if name.endswith(".index.json") else ""
+    return f"{Path(name.removesuffix(index)).stem}.safetensors{index}"
 
 
 def _compare(tensors: dict[str, Tensor], path: Path) -> None:

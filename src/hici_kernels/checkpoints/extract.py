@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ def extract(
     out: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    also: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, int]:
     """Write ``adapter_model.safetensors`` and ``trainable_params.safetensors`` from the weights of a training run.
@@ -29,12 +30,14 @@ def extract(
 
     Args:
         dtype: of the written LoRA matrices; default as stored (float32 from ZeRO). Others are written as stored.
+        also: names, as the base model has them, of further tensors that the run trained: into the second file.
 
     Returns:
         Number of tensors in each file.
 
     Raises:
-        ValueError: no weights found, shards missing, no slot modules among them; nothing has been written then.
+        ValueError: no weights found, shards missing, no slot modules or none of a name in ``also`` among them; nothing
+            has been written then.
     """
     run, out = Path(run), Path(out)
     if not run.is_dir():
@@ -50,10 +53,13 @@ def extract(
         if names.is_lora(name):
             module, part = names.lora_parts(name)
             adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x if dtype is None else x.to(dtype)
-        elif names.is_trainable(name):
+        elif names.is_trainable(name) or name in also:
             trainable[name] = x.reshape(()) if name.endswith(".expand_scale_param") else x
     if not any(names.slot_parts(name) for name in trainable):
         raise ValueError(f"{run} holds {len(tensors)} tensors, but none of local_constructor or global_integrator")
+    for name in also:
+        if name not in trainable:
+            raise ValueError(f"{run} holds no tensor {name!r}")
     counts = {"trainable_params": len(trainable)}
     files.write(out / "trainable_params.safetensors", trainable)
     if adapter:

@@ -39,7 +39,7 @@ def run(
         content = json.loads(recipe_path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"{recipe_path} must hold a JSON object, got {type(content).__name__}")
-        values |= {k: v for k, v in content.items() if k != "kind"}
+        values |= {k: v for k, v in content.items() if k not in ("kind", "data")}
     values |= fields(settings)
     made = Recipe.from_dict(values)
     _outputs.prepare(json_path, chart_path)

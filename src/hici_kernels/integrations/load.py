@@ -15,6 +15,7 @@ from .hici import CHILDREN, apply_hici, check_hici
 from .host import Host
 from .published import Published, configuration, read
 from .rope_scaling import apply_rope_scaling, linear_factor
+from .save import shared_names
 
 
 def load_hici(
@@ -61,7 +62,7 @@ def load_hici(
     host = Host.of(model)
     decoder = next(name for name, module in host.model.named_modules() if module is host.decoder)
     found.named_for(f"{decoder}." if decoder else "")
-    rows = _check_fits(host, found, config, factor)
+    rows = _check_fits(host, found, config, factor, merge_lora)
     if factor != 1.0 and linear_factor(host) == 1.0:
         apply_rope_scaling(model, "linear", factor)
     apply_hici(model, config)
@@ -113,7 +114,7 @@ def _base(given: nn.Module | str | Path) -> nn.Module:
     return model
 
 
-def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float) -> int:
+def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float, merge_lora: bool) -> int:
     """Everything that could fail later, before the model is touched; the embedding rows the checkpoint needs."""
     host.check_free("load_hici")
     check_hici(host)
@@ -150,7 +151,16 @@ def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float)
                 raise ValueError(f"{found.source} lacks {layer}.{name} of shape {tuple(expected[name])}")
         for name, x in tensors.items():
             _check_shape(found, f"{layer}.{name}", x, shapes)
+    # LoRA beside a weight that two modules share is beside one of them; added to it, it would be in both
+    tied = {name: shapes[own] for name, own in shared_names(host.model).items()}
     for module, pair in found.lora.items():
+        if merge_lora and f"{module}.weight" in tied:
+            raise ValueError(
+                f"{found.source} holds LoRA for {module}, whose weight the model ties to another's: load it with "
+                "merge_lora=False"
+            )
+        if f"{module}.weight" in tied:
+            shapes[f"{module}.weight"] = tied[f"{module}.weight"]
         if f"{module}.weight" not in shapes:
             raise ValueError(f"{found.source} holds LoRA for {module}, which the model does not have")
         size = (pair["B"].shape[0], pair["A"].shape[1])

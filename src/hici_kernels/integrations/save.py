@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,45 @@ from .published import CONFIG_FILE
 from .rope_scaling import linear_factor
 
 
-def save_hici(model: nn.Module, path: str | Path) -> None:
+def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ()) -> None:
     """Save what HiCI training changes, in the published layout: a base model and this directory give the model again.
 
     Writes ``trainable_params.safetensors`` (embeddings, norms and slot modules, under the base model's names, in their
     own dtype), ``hici_config.json`` (what shapes cannot tell: the HiCIConfig and the RoPE factor) and, where the model
-    carries LoRA, ``adapter_model.safetensors`` and ``adapter_config.json``. Other weights are taken to be those of the
-    base model and are not written.
+    carries LoRA, ``adapter_model.safetensors`` and ``adapter_config.json``; of an adapter that trains biases (``bias``
+    not "none"), every bias too. Other weights are taken to be those of the base model and are not written.
+
+    Args:
+        also: names, as the base model has them, of further tensors that training changed. :func:`load_hici` takes them
+            from the same file.
 
     Raises:
-        ValueError: the model has no slots, more than one adapter, or RoPE scaling of another kind than linear.
+        ValueError: the model has no slots, more than one adapter, RoPE scaling of another kind than linear, or no
+            tensor of a name in ``also``.
     """
     path = Path(path)
     host, config = Host.of(model), config_of(model)
     factor = linear_factor(host)
     if factor is None:
         raise ValueError("the checkpoint layout knows linear RoPE scaling only; the model has another kind")
+    tensors = host.model.state_dict()
+    lora = _lora_config(model) if any(names.is_lora(raw) for raw in tensors) else None
+    biases, wanted = getattr(lora, "bias", "none") != "none", set(also)
     trainable: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
-    for raw, x in host.model.state_dict().items():
+    for raw, x in tensors.items():
         name = names.canonical(raw)
         if name is None:
             continue
         if names.is_lora(name):
             module, part = names.lora_parts(name)
             adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x
-        elif names.is_trainable(name):
+        elif names.is_trainable(name) or name in wanted or (biases and name.endswith(".bias")):
             trainable[name] = x
+    absent = sorted(wanted - set(trainable))
+    if absent:
+        raise ValueError(f"also names {absent[0]!r}, which the model does not have")
     content = {"hici": config.to_dict(), "rope_factor": factor}
-    lora = _lora_config(model) if adapter else None
     files.write(path / "trainable_params.safetensors", trainable)
     files.write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     if lora is not None:
@@ -65,7 +76,8 @@ def merge_hici(model: nn.Module, path: str | Path, keep_slots: bool) -> None:
     RoPE scaling stays in the config. Products are formed in float32 and rounded to the weights' dtype.
 
     Raises:
-        TypeError, ValueError: keep_slots no bool; the model has no slots.
+        TypeError, ValueError: keep_slots no bool; the model has no slots; its adapter is no plain LoRA on linear
+            modules with weights of their own.
     """
     if not isinstance(keep_slots, bool):
         raise TypeError(f"keep_slots must be True or False, got {keep_slots!r}")
@@ -97,6 +109,7 @@ def merge_hici(model: nn.Module, path: str | Path, keep_slots: bool) -> None:
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict a model would have without adapters, their products added; nothing is changed in place."""
     merged: dict[str, Tensor] = {}
+    tied = {names.canonical(a): names.canonical(b) for a, b in shared_names(model).items()}
     for raw, x in model.state_dict().items():
         name = names.canonical(raw)
         if name is not None and not names.is_lora(name):
@@ -110,6 +123,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
             if len(layer.lora_embedding_A):
                 raise ValueError(f"{prefix} has LoRA on an embedding, expected it on linear modules only")
             name = f"{names.canonical(prefix + '.')}weight"
+            if name in tied or name in tied.values():
+                raise ValueError(f"{prefix} has LoRA and a weight tied to another module's, which would get it too")
             weight = merged[name]
             total = weight.float()
             for adapter in [] if layer.merged else layer.active_adapters:
@@ -117,6 +132,16 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 total = total + layer.scaling[adapter] * (b.float() @ a.float()).to(total.device)
             merged[name] = total.to(weight.dtype)
     return merged
+
+
+def shared_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another module's, each with the name that parameter comes first under."""
+    first: dict[int, str] = {}
+    return {
+        name: own
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if (own := first.setdefault(id(p), name)) != name
+    }
 
 
 def _lora_config(model: nn.Module) -> Any:

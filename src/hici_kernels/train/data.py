@@ -131,7 +131,11 @@ def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, di
 
 def _fingerprint(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe) -> str:
     digest = hashlib.sha256(json.dumps([kind, recipe.context, recipe.template, tokenizer.eos_token_id]).encode())
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    if whole is not None:
+        # with normaliser, splitting rules and merges: the same vocabulary may cut texts otherwise
+        digest.update(whole.to_str().encode())
+    digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]).encode())
     for path in paths:
         about = path.stat()
         digest.update(f"{path.resolve()}:{about.st_size}:{about.st_mtime_ns}\n".encode())
@@ -139,16 +143,19 @@ def _fingerprint(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recip
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of :func:`prepare`: {"input_ids", "labels" int64 [n], "starts" of its pieces, "segment_len"}."""
+    """Rows of :func:`prepare`: {"input_ids", "labels" int64 [n], "starts" of its pieces, "segment_len"}.
 
-    def __init__(self, directory: Path, recipe: Recipe) -> None:
+    segment_len: that of the model's slots; where the recipe mixes several, one of those is drawn for a row.
+    """
+
+    def __init__(self, directory: Path, recipe: Recipe, segment_len: int) -> None:
         self.tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
         self.labels = np.memmap(directory / "labels.bin", dtype=np.int32, mode="r")
         self.pieces = np.load(directory / "pieces.npy")
         self.first = np.searchsorted(self.pieces[:, 0], np.arange(self.pieces[-1, 0] + 2))
         self.recipe = recipe
         self.meta: dict[str, int] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        self.segment_len = recipe.config().segment_len
+        self.segment_len = segment_len
 
     def __len__(self) -> int:
         return len(self.first) - 1

@@ -22,8 +22,9 @@ class Recipe:
     """The published recipe, field by field.
 
     context: tokens of one packed row. hici: fields of a :class:`HiCIConfig`; without a segment rule, segment_len is a
-    quarter of context. mixed_segments: segment lengths of which one is drawn for every row (a function of seed and row,
-    so that recomputation and resuming draw the same one); empty = always segment_len.
+    quarter of context, or that of the checkpoint a run starts from. mixed_segments: segment lengths of which one is
+    drawn for every row (a function of seed and row, so that recomputation and resuming draw the same one); empty =
+    always segment_len.
 
     lora_r 0 = none, every parameter is trained. Otherwise LoRA (dropout 0, no biases) on every module whose name ends
     with one of lora_targets, those of HiCI included, and besides it every parameter whose name contains one of
@@ -72,6 +73,11 @@ class Recipe:
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
                 raise TypeError(f"{name} must be a list, got {value!r}")
             object.__setattr__(self, name, tuple(value))
+        for name in ("lora_targets", "trainable"):
+            for part in getattr(self, name):
+                # an empty part is in every name
+                if not isinstance(part, str) or not part:
+                    raise TypeError(f"{name} must list names or parts of names, got {part!r}")
         for name, least in (("context", 2), ("lora_r", 0), ("lora_alpha", 1), ("warmup_steps", 0), ("max_steps", 1),
                             ("batch_size", 1), ("accumulation", 1), ("save_steps", 1), ("keep_checkpoints", 1),
                             ("seed", 0)):  # fmt: skip
@@ -85,13 +91,25 @@ class Recipe:
             if value <= 0:
                 raise ValueError(f"{name} must be positive{' or None' if optional else ''}, got {value}")
         _checks.number("weight_decay", self.weight_decay)
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("special_tokens", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for length in self.mixed_segments:
             _checks.integer("mixed_segments", length, 1)
         _checks.choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.precision is not None:
             _checks.choice("precision", self.precision, ("float32", "bfloat16"))
-        if "{instruction}" not in self.template:
-            raise ValueError(f"template must contain {{instruction}}, got {self.template!r}")
+        try:
+            filled = "{instruction}" in self.template and bool(self.template.format(instruction=""))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            filled = False
+        if not filled:
+            raise ValueError(
+                f"template must be a text with {{instruction}}, its only field, and other braces doubled, got "
+                f"{self.template!r}"
+            )
         if self.config().segment_len is None:
             raise ValueError("hici needs a segment_len: rows are packed documents, which num_segments cannot cut")
 

@@ -17,9 +17,17 @@ from .recipe import Recipe, engine_file
 RESULT = "hici"
 
 
+#: what may differ where a run goes on: nothing that was trained so far would have been trained otherwise
+MAY_CHANGE = ("max_steps", "save_steps", "keep_checkpoints", "gradient_checkpointing")
+
+
 def last_complete(out: Path, processes: int) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a killed run left half written is passed over."""
-    found = []
+    """The newest checkpoint that was written to its end; one that a killed run left half written is passed over.
+
+    Raises:
+        ValueError: all that are complete were written by another number of processes.
+    """
+    found, others = [], set()
     for path in out.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
         try:
@@ -27,9 +35,36 @@ def last_complete(out: Path, processes: int) -> Path | None:
         except (OSError, json.JSONDecodeError):
             continue
         ranks = 1 if (path / "rng_state.pth").is_file() else len(list(path.glob("rng_state_*.pth")))
-        if number is not None and state.get("global_step") == int(number[1]) and ranks == processes:
+        if number is None or state.get("global_step") != int(number[1]):
+            continue
+        if ranks == processes:
             found.append((int(number[1]), path))
+        elif ranks:
+            others.add(ranks)
+    if others and not found:
+        raise ValueError(
+            f"the checkpoints in {out} are of {min(others)} processes, this run has {processes}: go on with as many, "
+            "or start in another folder"
+        )
     return max(found)[1] if found else None
+
+
+def _check_folder(out: Path, about: dict[str, Any], resume: bool) -> None:
+    """A run does not start among another's checkpoints, which a later one would go on from, and keeps its recipe."""
+    if not any(out.glob("checkpoint-*")):
+        return
+    if not resume:
+        raise ValueError(f"{out} holds checkpoints of an earlier run: start in another folder, or remove them")
+    file = out / "recipe.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name in about:
+        if name not in MAY_CHANGE and name in before and before[name] != about[name]:
+            raise ValueError(
+                f"{out} holds a run with {name} = {before[name]!r}, this one has {about[name]!r}: go on with the same "
+                "recipe and data, or start in another folder"
+            )
 
 
 def run(
@@ -54,7 +89,10 @@ def run(
     Args:
         model: directory of the base model. data: files, see :func:`data.documents`. kind: "text" or "answers".
         engine: "plain" (also data parallel), "fsdp2", "zero2", "zero3" (both need deepspeed).
-        checkpoint: a HiCI checkpoint to start from instead of new slots.
+        checkpoint: a HiCI checkpoint to start from instead of new slots; its segment_len, too, unless ``recipe.hici``
+            has one.
+        resume: go on from what ``out`` holds. The recipe may then differ in max_steps, save_steps, keep_checkpoints and
+            gradient_checkpointing alone, and data and processes not at all. False: ``out`` must hold no checkpoints.
         report_to: "tensorboard" (out/runs), or another reporter of transformers.
 
     Returns:
@@ -64,6 +102,8 @@ def run(
         ValueError, TypeError, FileNotFoundError: before any training. RuntimeError: the clip did not act.
     """
     versions.check()
+    if not isinstance(resume, bool):
+        raise TypeError(f"resume must be True or False, got {resume!r}")
     config_file = engine_file(engine)
     model, out = Path(model), Path(out)
     if not (model / "config.json").is_file():
@@ -71,6 +111,9 @@ def run(
     paths = [Path(p) for p in data]
     if not paths:
         raise ValueError("data must name at least one file")
+    # as JSON gives it back
+    about = json.loads(json.dumps({"kind": kind, **recipe.to_dict()}))
+    _check_folder(out, about, resume)
     cpu = not torch.cuda.is_available()
     if engine == "fsdp2" and recipe.dtype != "float32":
         raise ValueError("engine fsdp2 needs dtype float32: all parameters of a layer are sharded as one type")
@@ -111,13 +154,20 @@ def run(
         ddp_find_unused_parameters=False,
         **options,
     )
-    with args.main_process_first(local=False):
-        rows = PackedRows(prepare(paths, kind, tokenizer, recipe, out / "data"), recipe)
-    trainer = HiCITrainer(trained, recipe, args, train_dataset=rows, data_collator=collate, processing_class=tokenizer)
     slots, factor, lora = _about(trained)
-    if args.should_save:
-        files.write_text(out / "recipe.json", json.dumps({"kind": kind, **recipe.to_dict()}, indent=2) + "\n")
+    if slots["segment_len"] is None:
+        raise ValueError(
+            f"{checkpoint} cuts texts by num_segments, which rows of packed documents cannot be: give recipe.hici a "
+            "segment_len"
+        )
     start = last_complete(out, args.world_size) if resume else None
+    with args.main_process_first(local=False):
+        rows = PackedRows(prepare(paths, kind, tokenizer, recipe, out / "data"), recipe, slots["segment_len"])
+    about["data"] = rows.meta
+    _check_folder(out, {"data": rows.meta}, resume)
+    trainer = HiCITrainer(trained, recipe, args, train_dataset=rows, data_collator=collate, processing_class=tokenizer)
+    if args.should_save:
+        files.write_text(out / "recipe.json", json.dumps(about, indent=2) + "\n")
     if start is not None and int(start.name.removeprefix("checkpoint-")) >= recipe.max_steps:
         # a trainer that is resumed takes one more step before it looks whether it has come to the end
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
@@ -127,7 +177,7 @@ def run(
     result = out / RESULT
     if args.should_save:
         last = out / f"checkpoint-{trainer.state.global_step}"
-        extract(last, result)
+        extract(last, result, also=trainer.others)
         files.write_text(
             result / "hici_config.json", json.dumps({"hici": slots, "rope_factor": factor}, indent=2) + "\n"
         )

@@ -54,6 +54,12 @@ class HiCITrainer(Trainer):
     def __init__(self, model: nn.Module, recipe: Recipe, args: Any, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, **kwargs)
         self.recipe = recipe
+        #: what is trained besides the tensors that the published layout always holds
+        self.others = [
+            plain
+            for name, p in model.named_parameters()
+            if p.requires_grad and not names.is_trainable(plain := _plain(name)) and not names.is_lora(plain)
+        ]
         stage = 0
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin
@@ -96,28 +102,17 @@ class HiCITrainer(Trainer):
         out = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        save_hici(self.model, out)
-        if not self._published_holds_all:
-            files.write(out / "model.safetensors", dict(self.model.state_dict()))
+        save_hici(self.model, out, also=self.others)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(out)
-
-    @property
-    def _published_holds_all(self) -> bool:
-        """Whether the published layout holds everything that is trained."""
-        return not any(
-            p.requires_grad and not names.is_lora(n) and not names.is_trainable(n)
-            for n, p in self.model.named_parameters()
-        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         directory = Path(resume_from_checkpoint)
-        stems = ["trainable_params", "adapter_model", *([] if self._published_holds_all else ["model"])]
         held: dict[str, torch.Tensor] = {}
-        for stem in stems:
+        for stem in ("trainable_params", "adapter_model"):
             if (directory / f"{stem}.safetensors").is_file():
                 for raw, x in files.read(directory / f"{stem}.safetensors"):
                     held[_plain(raw)] = x

@@ -12,7 +12,6 @@ import torch
 # Bytes of shared memory (LDS) one block can use: CUDA programming guide, "shared memory per thread block" of each
 # compute capability; CDNA and RDNA instruction-set manuals.
 SHARED_MEMORY = {
-    "sm_75": 65536,
     "sm_80": 166912,
     "sm_86": 101376,
     "sm_87": 166912,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ..._triton import rejects_device
 from ...tuning import multiprocessors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +45,9 @@ def rejects(q: Tensor, k: Tensor, *rest: Any) -> str | None:
         return f"it serves float32, bfloat16 and float16, q is {q.dtype}"
     if d > LARGEST_HEAD:
         return f"it serves head_dim up to {LARGEST_HEAD}, q has {d}"
-    if q.device.type == "cpu" and not INTERPRET.value:
-        return "it serves GPU tensors (CPU tensors only in Triton's interpreter), q is on cpu"
-    if q.device.type not in ("cpu", "cuda"):
-        return f"it serves GPU tensors, q is on {q.device}"
+    foreign = rejects_device("q", q, INTERPRET.value)
+    if foreign is not None:
+        return foreign
     if k.shape[1] >= LARGEST_LENGTH:
         return f"it serves fewer than 2^30 positions, k has shape {tuple(k.shape)}"
     if b > LARGEST_GRID or hq > LARGEST_GRID:

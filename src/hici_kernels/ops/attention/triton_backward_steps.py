@@ -19,7 +19,8 @@ def weights(scores, level, factor, FUSED: tl.constexpr):
     """
     if FUSED:
         return tl.exp2(scores * factor - level)
-    return tl.exp(tl.minimum(scores * factor - level, 0.0))
+    x = scores * factor - level
+    return tl.exp(tl.where(x > 0.0, 0.0, x))  # a minimum would make a number of NaN
 
 
 @triton.jit

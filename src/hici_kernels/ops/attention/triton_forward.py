@@ -492,7 +492,7 @@ def attention_forward(
             EAGER=False,
         )
 
-    some = asking & (mass > 0.0)
+    some = asking & (mass != 0.0)  # a sum that is no number stays one
     divisor = tl.where(some, mass, 1.0)
     inverse = tl.where(some, 1.0 / divisor, 0.0)
     heads = tl.num_programs(1) * PACK

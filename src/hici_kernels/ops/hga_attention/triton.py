@@ -31,6 +31,7 @@ from torch import Tensor
 from ... import tuning
 from ..._triton import rejects_device
 from ...tuning import multiprocessors
+from ...tuning.chips import vendor
 from ..attention.triton import column_blocks, splits_for
 from ..hga_route import triton as router
 from ..hga_route.triton import power
@@ -83,13 +84,17 @@ def rejects(
     grid, most = router.LARGEST_GRID, router.LARGEST_GROUP
     if b > grid or hq > grid or hq // max(hkv, 1) > most:
         return f"it serves batches and heads up to {grid}, {most} per kv head: got {b}, {hq}, {hkv}"
+    arch, rows = tuning.architecture(q.device), power(hq // max(hkv, 1), 16)
+    crowded = too_crowded(arch, rows, d, q.dtype)
+    if crowded is not None:
+        return crowded
     groups = chunk_size // group_size
     width = min(topk_groups, s // chunk_size * groups) if routes is None else routes.shape[-1]
-    if power(width) * power(hq // max(hkv, 1), 16) > MOST_ENTRIES:
+    if power(width) * rows > MOST_ENTRIES:
         return f"it serves topk_groups * max(heads of a kv group, 16) up to {MOST_ENTRIES}, topk_groups is {width}"
     if routes is None:
         sizes = (
-            tuning.architecture(q.device),
+            arch,
             b,
             hq,
             hkv,
@@ -102,6 +107,23 @@ def rejects(
         )
         return router.limits(*sizes, routing, route_block, super_chunk)
     return None
+
+
+def too_crowded(arch: str, rows: int, d: int, dtype: torch.dtype) -> str | None:
+    """Why tiles of ``rows`` heads do not fit the chip, or None: a tile holds every head of its kv group.
+
+    The gradient of near keys takes the most: queries, keys and what is multiplied with them, and a tile of scores.
+    """
+    if vendor(arch) == "amd":
+        return None  # operands come from registers: half of this at most
+    keys = tuning.configuration("hga_attention_backward", arch, head_dim=d, segment_len=0, dtype=dtype)["BLOCK_N"]
+    needed = (2 * (rows + keys) * power(d, 16) + rows * keys) * dtype.itemsize + 1024
+    room = tuning.shared_memory(arch)
+    if needed <= room:
+        return None
+    return (
+        f"{rows} heads per kv head of head_dim {d} in {dtype} take {needed} bytes of shared memory, {arch} has {room}"
+    )
 
 
 def tokens(

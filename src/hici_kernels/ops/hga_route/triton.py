@@ -3,7 +3,8 @@
 "strict" takes two launches per run of queries (:mod:`.triton_strict`), with few rows and many chunks the scan is cut
 into runs of chunks; "prefix" and "block" one, after their runs have been marked (:mod:`.triton_pooled`). Nothing is
 read back from the device. Products take operands in the tensors' dtype and sum in float32 in an order that depends on
-head_dim and the table's BLOCK_M and BLOCK_N alone. float32, bfloat16, float16; not float64. Deterministic.
+the chip, head_dim, budgets and the table's BLOCK_M and BLOCK_N alone. float32, bfloat16, float16; not float64.
+Deterministic.
 
 Not served, and left to the reference: super-chunks, budgets far beyond the defaults (below), and with "prefix" and
 "block" runs of more than 128 queries; "block" on sm_100 and later.
@@ -30,6 +31,8 @@ MOST_PICKS = 128
 MOST_CANDIDATES = 1024
 MOST_POOLED = 256
 LONGEST_RUN = 128
+# Columns of both operands at a time: with twice as many ptxas spills, in float32 10 KB a thread.
+WIDEST, WIDEST_FLOAT32 = 128, 64
 # Numbers of scratch between the two launches, in entries of 8 bytes.
 SCRATCH = 1 << 23
 
@@ -125,6 +128,18 @@ def limits(
 def power(value: int, low: int = 1) -> int:
     """The smallest power of two that is at least ``value`` and ``low``."""
     return max(1 << max(value - 1, 0).bit_length(), low)
+
+
+def columns(q: Tensor, rows: int, keys: int) -> int:
+    """How many columns of ``rows`` queries and ``keys`` keys are multiplied at a time.
+
+    Both tiles must fit shared memory; without matrix instructions (float32) a thread holds its rows of them besides.
+    """
+    most = min(power(q.shape[-1], 16), WIDEST_FLOAT32 if q.dtype == torch.float32 else WIDEST)
+    room = tuning.shared_memory(tuning.architecture(q.device))
+    while most > 16 and (rows + keys) * most * q.element_size() > room:
+        most //= 2
+    return most
 
 
 class Budgets(NamedTuple):
@@ -268,7 +283,7 @@ def _strict(
             splits,
             *regions,
             HEAD_DIM=d,
-            BLOCK_D=power(d, 16),
+            BLOCK_D=columns(q, block_m, block_n),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             PACK=pack,
@@ -376,7 +391,7 @@ def _pooled(
         budgets.width,
         *regions,
         HEAD_DIM=d,
-        BLOCK_D=power(d, 16),
+        BLOCK_D=columns(q, block_t, block_n),
         BLOCK_T=block_t,
         BLOCK_N=block_n,
         GROUPS=m,

@@ -65,11 +65,14 @@ def rising(ids):
 
 @triton.jit
 def scores(q_rows, asking, k_rows, present, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Ordered scores [M, N] of the queries and keys at row pointers."""
-    d = tl.arange(0, BLOCK_D)
-    q = load_rows(q_rows, asking, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
-    k = load_rows(k_rows, present, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
-    return ordered(dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32)))
+    """Ordered scores [M, N] of the queries and keys at row pointers, from BLOCK_D columns at a time."""
+    score = tl.zeros((q_rows.shape[0], k_rows.shape[0]), tl.float32)
+    for d0 in range(0, HEAD_DIM, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        q = load_rows(q_rows, asking, d, HEAD_DIM, HEAD_DIM % BLOCK_D != 0, True)
+        k = load_rows(k_rows, present, d, HEAD_DIM, HEAD_DIM % BLOCK_D != 0, True)
+        score = dot(q, tl.trans(k), score)
+    return ordered(score)
 
 
 @triton.jit

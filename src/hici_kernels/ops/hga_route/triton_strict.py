@@ -23,6 +23,7 @@ from .triton_keys import (
     packed,
     region,
     rising,
+    scores,
     with_previous,
 )
 
@@ -63,7 +64,8 @@ def scan_chunks(
 ):
     """found int64 [B, T, Hkv, families, splits, K]: the best of each run, best first; families = r, or 1 if SHARED.
 
-    PACK: the power of two that r heads take in a tile. Grid: (tiles * splits, Hkv, B).
+    PACK: the power of two that r heads take in a tile. BLOCK_D: columns at a time, of the queries too where they are
+    fewer than HEAD_DIM. Grid: (tiles * splits, Hkv, B).
     """
     SIZE: tl.constexpr = BLOCK_M // PACK
     FAMILIES: tl.constexpr = 1 if SHARED else PACK
@@ -96,14 +98,19 @@ def scan_chunks(
         asking = asking & (tl.load(at, mask=t_q < queries, other=-1) >= 0)
     q_rows = q + b * stride_qb + t_q.to(tl.int64) * stride_qt + (kv_head * group + head).to(tl.int64) * stride_qh
     d = tl.arange(0, BLOCK_D)
-    q_tile = load_rows(q_rows, asking, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
+    if BLOCK_D >= HEAD_DIM:
+        q_tile = load_rows(q_rows, asking, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
     base = chunk_keys + b * stride_cb + kv_head.to(tl.int64) * stride_ch
 
     best = tl.full((ROWS, K), NOTHING, tl.int64)
     for c0 in range(low, high, BLOCK_N):
         c = c0 + tl.arange(0, BLOCK_N)
-        keys = load_rows(base + c.to(tl.int64) * stride_cn, c < high, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
-        key = ordered(dot(q_tile, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)))
+        k_rows = base + c.to(tl.int64) * stride_cn
+        if BLOCK_D >= HEAD_DIM:
+            keys = load_rows(k_rows, c < high, d, HEAD_DIM, HEAD_DIM < BLOCK_D, True)
+            key = ordered(dot(q_tile, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)))
+        else:
+            key = scores(q_rows, asking, k_rows, c < high, HEAD_DIM, BLOCK_D)
         if SHARED:
             key = tl.where((head < group)[:, None], key, NO_SCORE)
             key = tl.max(tl.reshape(key, (ROWS, PACK, BLOCK_N)), 1)
