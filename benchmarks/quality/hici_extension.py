@@ -462,7 +462,7 @@ def table(result: dict[str, Any]) -> str:
         cells.append(f"{cost[0]['parameters_added']:,}" if cost else "0")
         cells.append(f"{statistics.fmean(c['steps'] * c['step_fastest_s'] for c in cost):.0f}" if cost else "0")
         far = max(r["leak"]["furthest"] for r in mine)
-        cells.append(f"LEAKS, up to {far} bytes early" if leaks else "no leak")
+        cells.append(f"LEAKS, at least {far} bytes early" if leaks else "no leak")
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(

@@ -111,6 +111,7 @@ Functions page_file_open(ffi::String directory, ffi::Tensor bank, int64_t page_b
     check_numbers(checksums, "checksums", {static_cast<int64_t>(sums.size())});
     std::memcpy(checksums.data_ptr(), sums.data(), sums.size() * sizeof(uint64_t));
   }));
+  functions.Set("drain", ffi::Function::FromTyped([file]() { file->pages.drain(); }));
   functions.Set("reserve", ffi::Function::FromTyped([file](int64_t pages, TensorView outcome) {
     if (pages < 0 || pages > (int64_t{1} << 40)) TVM_FFI_THROW(ValueError) << "pages is " << pages;
     report(file->pages.reserve(pages), outcome);

@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 #if defined(__unix__) || defined(__APPLE__)
@@ -37,6 +37,16 @@ struct Call {
   void* context;
   int threads;
   std::atomic<int> joined{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // of the first that failed
+
+  void run(int worker) noexcept {
+    try {
+      body(context, worker);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  }
 };
 
 }  // namespace
@@ -53,22 +63,24 @@ void run_workers(int threads, void (*body)(void* context, int worker), void* con
           // a team may be smaller than asked for (nested regions, limits): workers are numbered as they come, and
           // what the missing ones would have done is left to those present, since items are handed out dynamically
           const int worker = c.joined.fetch_add(1, std::memory_order_relaxed);
-          if (worker < c.threads) c.body(c.context, worker);
+          if (worker < c.threads) c.run(worker);
         },
         &call, static_cast<unsigned>(threads), 0);
+    if (call.failed) std::rethrow_exception(call.error);
     return;
   }
   std::vector<std::thread> started;
   started.reserve(threads - 1);
   for (int worker = 1; worker < threads; ++worker) {
     try {
-      started.emplace_back(body, context, worker);
-    } catch (const std::system_error&) {
-      break;  // as with a smaller team
+      started.emplace_back([&call, worker] { call.run(worker); });
+    } catch (const std::exception&) {
+      break;  // no thread or no memory for one: as with a smaller team
     }
   }
-  body(context, 0);
+  call.run(0);
   for (std::thread& t : started) t.join();
+  if (call.failed) std::rethrow_exception(call.error);
 }
 
 }  // namespace hici::cpu

@@ -16,7 +16,7 @@ struct Execution {
 };
 
 // Calls body(context, worker) for worker = 0..threads-1, at the same time where possible, and returns when all are
-// done. body must not throw.
+// done. What the first body to fail has thrown (no memory) is thrown on then, to the caller.
 void run_workers(int threads, void (*body)(void* context, int worker), void* context);
 
 // Whether run_workers borrows the threads of an OpenMP runtime.

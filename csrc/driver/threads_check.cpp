@@ -1,6 +1,7 @@
 // parallel.h: every item once, whatever the number of workers, and calls from several threads at once.
 
 #include <atomic>
+#include <new>
 #include <thread>
 
 #include "../cpu/parallel.h"
@@ -18,9 +19,30 @@ void every_item_once(int threads, int64_t items) {
   }
 }
 
+// What bodies throw reaches the caller once all workers have come back, and the next call is as any other.
+void a_failing_body(int threads) {
+  std::atomic<int> present{0};
+  bool caught = false;
+  try {
+    cpu::parallel(cpu::Execution{threads}, 50, [&](int64_t i, int) {
+      ++present;
+      if (i % 7 == 3) {
+        --present;
+        throw std::bad_alloc();
+      }
+      --present;
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  if (!caught || present != 0) fail("parallel: %d threads, caught %d, %d still there", threads, caught, present.load());
+  every_item_once(threads, 50);
+}
+
 }  // namespace
 
 void check_threads() {
+  for (int threads : {1, 2, 7}) a_failing_body(threads);
   for (int threads : {1, 2, 3, 7})
     for (int64_t items : {0, 1, 2, 6, 100}) every_item_once(threads, items);
   std::vector<std::thread> callers;

@@ -47,6 +47,23 @@ void sweep(const std::string& directory) {
   closedir(d);
 }
 
+// Whether direct transfers may begin at any block of kAlignment bytes. Disks with larger ones refuse that, one by one and
+// not when the file is opened; then transfers are buffered.
+bool takes_blocks(int file) {
+#ifdef O_DIRECT
+  alignas(PageFile::kAlignment) char block[PageFile::kAlignment] = {};
+  if (pwrite(file, block, sizeof block, sizeof block) < 0 && errno == EINVAL) {
+    fcntl(file, F_SETFL, fcntl(file, F_GETFL) & ~O_DIRECT);
+    return false;
+  }
+  // whatever else is wrong shows where it is answered for; the file is empty again
+  if (ftruncate(file, 0) != 0) return true;
+#else
+  (void)file;
+#endif
+  return true;
+}
+
 }  // namespace
 
 void ask_for_large_pages(char* memory, int64_t bytes) {
@@ -89,12 +106,21 @@ PageFile::PageFile(const Options& options, int& error) : options_(options), owne
   // a sweep of another process that takes the lock first removes the name a moment before we do
   flock(file_, LOCK_EX | LOCK_NB);
   unlink(name_.c_str());
+  try {
+    if (direct_ && !takes_blocks(file_)) direct_ = false;
+    open_queue(error);
+  } catch (...) {
+    ::close(file_);
+    throw;
+  }
+}
+
+void PageFile::open_queue(int& error) {
   if (options_.backend != "threads") {
     queue_ = make_uring(file_, options_.depth);
     uring_ = queue_ != nullptr;
     if (!queue_ && options_.backend == "uring") {
       error = ENOSYS;
-      ::close(file_);
       throw std::runtime_error("this kernel does not allow io_uring");
     }
   }
@@ -218,6 +244,12 @@ void PageFile::help() {
     if (turns_->stop) return;
     progress(lock);
   }
+}
+
+void PageFile::drain() {
+  if (foreign()) return;
+  std::unique_lock<std::mutex> lock(turns_->mutex);
+  while (file_ >= 0 && (flying_ > 0 || !waiting_.empty())) progress(lock);
 }
 
 Outcome PageFile::reserve(int64_t count) {

@@ -67,6 +67,8 @@ class PageFile {
   int64_t submit(std::vector<Page> pages, bool write, bool ahead);
   // Ends a request; of a write, fills `checksums`.
   Outcome wait(int64_t request, std::vector<uint64_t>* checksums);
+  // Waits for all that has begun, of every request; each is still to be ended. For callers that lost a request's number.
+  void drain();
   // Room for pages [0, count), so that a full disk is found before anything is written.
   Outcome reserve(int64_t count);
   void close();
@@ -101,6 +103,7 @@ class PageFile {
   };
 
   bool foreign() const;
+  void open_queue(int& error);
   void pump();
   void progress(std::unique_lock<std::mutex>& lock);
   void help();

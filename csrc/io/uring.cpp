@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -86,7 +87,8 @@ class Uring final : public Queue {
   }
 
   void idle() override {
-    while (*cq_head_ == __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) wait_only();
+    while (*cq_head_ == __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE) && !any_refused_.load(std::memory_order_relaxed))
+      wait_only();
   }
 
   void abandon() override { abandoned_ = true; }
@@ -105,13 +107,26 @@ class Uring final : public Queue {
     const long sent = syscall(SYS_io_uring_enter, ring_, static_cast<unsigned>(unsent_), wait,
                               wait ? IORING_ENTER_GETEVENTS : 0u, nullptr, 0);
     if (sent > 0) unsent_ -= static_cast<int>(sent);
-    // EINTR, EAGAIN, EBUSY: the next round tries again
+    if (sent >= 0 || errno == EINTR || errno == EAGAIN || errno == EBUSY) return;  // the next round tries again
+    // anything else will not get better: what the system has not taken ends with that error
+    const int error = errno;
+    for (; unsent_ > 0; --unsent_) {
+      const unsigned tail = *sq_tail_ - 1;
+      const int slot = static_cast<int>(entries_[tail & *sq_mask_].user_data);
+      flying_[slot].result = -error;
+      refused_.push_back(slot);
+      __atomic_store_n(sq_tail_, tail, __ATOMIC_RELEASE);
+    }
+    any_refused_.store(!refused_.empty(), std::memory_order_relaxed);
   }
 
   bool collect(std::vector<Transfer>& done) {
     unsigned head = *cq_head_;
     const unsigned tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE);
-    if (head == tail) return false;
+    const bool some = head != tail || !refused_.empty();
+    for (const int slot : refused_) done.push_back(flying_[slot]), free_.push_back(slot);
+    refused_.clear();
+    any_refused_.store(false, std::memory_order_relaxed);
     for (; head != tail; ++head) {
       const io_uring_cqe& c = done_[head & *cq_mask_];
       const int slot = static_cast<int>(c.user_data);
@@ -120,7 +135,7 @@ class Uring final : public Queue {
       free_.push_back(slot);
     }
     __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
-    return true;
+    return some;
   }
 
   int ring_ = -1, file_ = -1, depth_ = 0, unsent_ = 0;
@@ -132,7 +147,8 @@ class Uring final : public Queue {
   unsigned *sq_tail_ = nullptr, *sq_mask_ = nullptr, *sq_array_ = nullptr;
   unsigned *cq_head_ = nullptr, *cq_tail_ = nullptr, *cq_mask_ = nullptr;
   std::vector<Transfer> flying_;
-  std::vector<int> free_;
+  std::vector<int> free_, refused_;
+  std::atomic<bool> any_refused_{false};  // for idle(), beside which others send
 };
 
 }  // namespace

@@ -81,6 +81,9 @@ def test_a_failed_prepare_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"fine " * 100 + b"\xff")
     with pytest.raises(ValueError):
         tokens.prepare([path], tokens.ByteTokenizer(), tmp_path / "x.bin", piece=10)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="give no token"):
+        tokens.prepare([path], tokens.ByteTokenizer(), tmp_path / "x.bin")
     assert len(tokens.read(tmp_path / "x.bin")) == 500
 
 
@@ -247,9 +250,10 @@ def test_topics_cases_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(topics, "continue_greedily", lambda *a: said)
     result = topics.run(opened, [], file=file)
     assert [(r["topics"], r["accuracy"]) for r in result["rows"]] == [(1, 1.0), (2, 0.0)]
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="line 1"):
-        topics.read_cases(file)
+    for wrong in ({}, [], {"prompt": "a", "topics": "tea"}, {"prompt": "a", "topics": [3]}, {"topics": ["tea"]}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="line 1"):
+            topics.read_cases(file)
 
 
 def test_commands_write_json_table_and_chart(tmp_path: Path, text: Path) -> None:

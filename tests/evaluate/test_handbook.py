@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from hici_kernels import HiCIConfig
 from hici_kernels.cli.main import app
+from hici_kernels.evaluate.models import open_model
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "handbook.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -83,6 +84,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> P
     apply_hici(model, HiCIConfig(segment_len=32, **SLOTS))
     save_hici(model, where / "CHECKPOINT")
     return where
+
+
+def test_a_result_names_its_adapter(folder: Path) -> None:
+    opened = open_model(folder / "MODEL", "hici", adapter=folder / "CHECKPOINT")
+    head = opened.describe(64, 0)
+    assert head["adapter"] == str(folder / "CHECKPOINT") and head["method"] == "hici"
+    assert "adapter" not in open_model(folder / "MODEL").describe(64, 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

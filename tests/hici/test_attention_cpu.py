@@ -269,6 +269,30 @@ def test_a_large_log_sum_exp_costs_no_gradient(path: str, keys: int) -> None:
             assert_budgets(truth, run(tensors, options, "cpu"), plain, str(options))
 
 
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [40, 700])  # shorter float32 calls are computed in float64, which overflows later
+@pytest.mark.parametrize("first", [0, 1])
+def test_scores_that_all_overflow_weigh_nothing(path: str, dtype: torch.dtype, keys: int, first: int) -> None:
+    """-inf for every key of the queries from the first (or from the middle): output 0, lse -inf, gradients 0."""
+    g = torch.Generator().manual_seed(keys)
+    tensors = {name: torch.rand(1, keys, heads, 64, generator=g) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    begin = first * (keys // 2)
+    tensors["q"][:, begin:] *= 1e20
+    tensors["k"] *= -1e20
+    found = []
+    for impl in ("reference", "cpu"):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+        with _native.path(path):
+            out, lse = attention(**leaves, segment_len=keys, return_lse=True, impl=impl)
+            out.float().square().sum().backward()
+        found.append((out, lse, *(leaves[name].grad for name in ("q", "k", "v"))))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(want.isfinite(), got.isfinite()) and not got.isnan().any()
+    out, lse, dq, _, _ = found[1]
+    assert not out[:, begin:].any() and not dq[:, begin:].any() and (lse[:, :, begin:] == -torch.inf).all()
+
+
 def test_the_random_calls_cover_every_feature() -> None:
     counts: dict[str, int] = {}
     for seed in range(CHUNKS * CHUNK):

@@ -199,7 +199,10 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
   }
   for (int64_t t = 0; t < n; ++t) {
     const int64_t at = fact_at(c, head, rank0 + t);
-    to.shift[t] = c.input.factor ? c.input.shift[at] : Weights<typename operand<T>::type>::top_of(c.input.shift[at]);
+    const float shift =
+        c.input.factor ? c.input.shift[at] : Weights<typename operand<T>::type>::top_of(c.input.shift[at]);
+    // lse is -inf where every score has overflowed: weights are 0
+    to.shift[t] = shift == -__builtin_inff() ? 0.0f : shift;
     to.factor[t] = c.input.factor ? c.input.factor[at] : 1.0f;
     if (c.input.delta && !c.all_keys) to.delta[t] = c.input.delta[at];
     to.delta[t] -= c.input.grad_lse[at];
@@ -313,9 +316,10 @@ void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t ke
     const Vec before = load(of.shift + t);
     Vec top = before;
     for (int64_t i = 0; i < keys; ++i) top = max(top, seen(i, mul(load(from.s + i * ld + t), by), top));
+    const Vec level = where_equal(top, least, zeros(), top);
     RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
-      const Vec weight = seen(i, weight_of<Op>(load(from.s + i * ld + t), by, top), zeros());
+      const Vec weight = seen(i, weight_of<Op>(load(from.s + i * ld + t), by, level), zeros());
       sum.add_row(i, weight);
       dot.add_row(i, mul(weight, load(from.dp + i * ld + t)));
     }
@@ -334,7 +338,9 @@ void close_facts(const Context<T>& c, int64_t head, int64_t rank0, int64_t n,
                  const Queries<typename operand<T>::type>& of, const Normalised& to) {
   for (int64_t t = 0; t < n; ++t) {
     const int64_t at = fact_at(c, head, rank0 + t);
-    const float factor = 1.0f / of.factor[t], delta = of.delta[t] / of.factor[t];
+    const bool none = of.factor[t] == 0.0f;  // every score has overflowed to -inf
+    const float factor = none ? 0.0f : 1.0f / of.factor[t], delta = none ? 0.0f : of.delta[t] / of.factor[t];
+    if (none) of.shift[t] = 0;
     if (to.shift) to.shift[at] = of.shift[t], to.factor[at] = factor, to.delta[at] = delta;
     of.factor[t] = factor, of.delta[t] = delta - c.input.grad_lse[at];
   }

@@ -133,7 +133,8 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
     const float* const s = scores + r * scratch.block;
     Op* const p = weights + r * depth;
     const int64_t seen = smaller(visible[r], n);
-    const Vec shift = splat(top[r]);
+    // where every score has overflowed to -inf, all weights are 0
+    const Vec shift = splat(top[r] == -__builtin_inff() ? 0.0f : top[r]);
     Vec sum = zeros();
     int64_t j = 0;
     for (; j + kLanes <= seen; j += kLanes) {

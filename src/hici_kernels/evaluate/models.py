@@ -112,6 +112,7 @@ def open_model(
     if adapter is not None and method != "hici":
         raise ValueError(f"adapter is for method 'hici', got method={method!r} with {str(adapter)!r}")
     values = dict(config or {})
+    extra = {} if adapter is None else {"adapter": str(adapter)}
     place = _checks.device("device", device)
     found: Any
     if str(model) == DEMO:
@@ -153,7 +154,7 @@ def open_model(
             apply_dca(found, used)
     elif values:
         raise ValueError(f"config must be empty with method='none', got {', '.join(values)}")
-    return Evaluated(found.eval(), tokenizer, name, method, used, attention)
+    return Evaluated(found.eval(), tokenizer, name, method, used, attention, extra)
 
 
 def demo_model() -> Any:

@@ -20,7 +20,7 @@ def statement(row: dict[str, Any]) -> str:
     """Method, mode, leak or none, density, seed, in one line."""
     mode = f", mode {row['mode']}" if row.get("mode") else ""
     leak = row["leak"]
-    said = f"LEAKS (logits move up to {leak['furthest']} tokens early)" if leak["leaks"] else "no leak"
+    said = f"LEAKS (logits move at least {leak['furthest']} tokens early)" if leak["leaks"] else "no leak"
     return (
         f"{row['model']}: {row['method']}{mode}, {row['attention']} attention; {said}; density {row['density']:.3f} "
         f"at {row['length']} tokens; seed {row['seed']}"

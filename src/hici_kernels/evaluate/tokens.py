@@ -49,7 +49,8 @@ def prepare(
             for Llama-2).
 
     Raises:
-        ValueError: no text, or an id that does not fit. OSError. ``out`` is replaced only when all is written.
+        ValueError: no text, none in it, or an id that does not fit. OSError. ``out`` is replaced only when all is
+            written.
     """
     if piece is not None:
         _checks.integer("piece", piece, 1)
@@ -70,6 +71,9 @@ def prepare(
             digest.update(raw)
             file.write(raw)
             count += len(some)
+    if not count:
+        part.unlink()
+        raise ValueError(f"text must hold something, {', '.join(map(str, texts))} give no token")
     record = {
         "tokens": count,
         "dtype": kind.name,

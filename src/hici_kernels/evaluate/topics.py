@@ -65,8 +65,11 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
             case = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if not isinstance(case, dict) or not isinstance(case.get("prompt"), str) or not case.get("topics"):
-            raise ValueError(f"{path}, line {number}: expected an object with prompt and topics")
+        named = case.get("topics") if isinstance(case, dict) else None
+        if not (isinstance(named, list) and named and all(isinstance(t, str) and t for t in named)) or not isinstance(
+            case.get("prompt"), str
+        ):
+            raise ValueError(f"{path}, line {number}: expected an object with prompt, a text, and topics, texts")
         found.append(case)
     if not found:
         raise ValueError(f"cases must hold at least one case, {path} is empty")

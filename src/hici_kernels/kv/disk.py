@@ -106,11 +106,11 @@ class Disk:
         slots = self.bank.place(absent)
         try:
             request = self.file.begin(slots, absent, ahead=True)
+            self._coming = request, absent
         except BaseException:
-            self.bank.drop(absent)
+            self._forget(absent)
             raise
         self.prefetched += len(absent)
-        self._coming = request, absent
 
     def counters(self) -> dict[str, float]:
         file = self.file.counters()
@@ -143,7 +143,7 @@ class Disk:
             try:
                 self.file.end(self.file.begin(slots[absent], missing), missing)
             except BaseException:
-                self.bank.drop(missing)
+                self._forget(missing)
                 raise
         return slots
 
@@ -152,14 +152,20 @@ class Disk:
         if self._coming is None:
             return
         request, pages = self._coming
-        self._coming = None
         try:
+            self._coming = None
             self.file.end(request, pages)
         except KVStoreError:
             self.bank.drop(pages)
         except BaseException:
-            self.bank.drop(pages)
+            self._forget(pages)
             raise
+
+    def _forget(self, pages: Tensor) -> None:
+        """Pages whose transfers may still be on their way are absent, and their slots free, once these have ended."""
+        self._coming = None
+        self.file.drain()
+        self.bank.drop(pages)
 
     def _account(self) -> None:
         self.meter.set("host", "lists", self.bank.nbytes + self.file.nbytes)

@@ -87,9 +87,13 @@ class PageFile:
         self._call["reserve"](last, outcome)
         self._check(outcome, pages[:1], "writing")
         self.sums = enlarge(self.sums, last)
-        request = self._call["write"](slots, pages, self.records.identity(pages))
         sums = torch.zeros(len(pages), dtype=torch.int64)
-        self._call["wait"](request, sums, outcome)
+        try:
+            request = self._call["write"](slots, pages, self.records.identity(pages))
+            self._call["wait"](request, sums, outcome)
+        except BaseException:
+            self.drain()
+            raise
         self._check(outcome, pages, "writing")
         self.sums[pages] = sums
 
@@ -102,6 +106,10 @@ class PageFile:
         outcome = torch.zeros(3, dtype=torch.int64)
         self._call["wait"](request, torch.zeros(0, dtype=torch.int64), outcome)
         self._check(outcome, pages, "reading")
+
+    def drain(self) -> None:
+        """Wait for all transfers: what an interrupt cut off from its request must not move into slots given away."""
+        self._call["drain"]()
 
     def counters(self) -> dict[str, float]:
         return {str(k): float(v) for k, v in self._call["counters"]().items()}

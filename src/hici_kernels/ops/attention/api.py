@@ -98,9 +98,11 @@ def attention(
 
     Returns:
         out [B, T, Hq, D] in q.dtype, or (out, lse [B, Hq, T] natural logarithm, float32, float64 for float64). A query
-        that sees nothing gives 0 and -inf, and gradient 0. Differentiable once in q, k, v and the slots, through out
-        and lse. Sums are kept in float32 at least. Deterministic. float32, bfloat16, float16, float64. Under
-        torch.autocast, tensors are cast to the autocast dtype. Dropout, windows, soft caps and biases: unsupported.
+        that sees nothing gives 0 and -inf, and gradient 0; so does one all of whose scores overflow to -inf. NaN in q
+        or k reaches the queries that see it, in v of a token that any query sees also earlier ones (0 * NaN, as in
+        PyTorch). Differentiable once in q, k, v and the slots, through out and lse. Sums are kept in float32 at least.
+        Deterministic. float32, bfloat16, float16, float64. Under torch.autocast, tensors are cast to the autocast
+        dtype. Dropout, windows, soft caps and biases: unsupported.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument.
