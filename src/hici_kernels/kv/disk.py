@@ -103,8 +103,8 @@ class Disk:
         absent = self.bank.absent(pages)[: self.bank.unused()]
         if not len(absent):
             return
-        slots = self.bank.place(absent)
         try:
+            slots = self.bank.place(absent)
             request = self.file.begin(slots, absent, ahead=True)
             self._coming = request, absent
         except BaseException:
@@ -139,8 +139,8 @@ class Disk:
         self.misses += len(absent)
         if len(absent):
             missing = pages[absent]
-            slots[absent] = self.bank.place(missing)
             try:
+                slots[absent] = self.bank.place(missing)
                 self.file.end(self.file.begin(slots[absent], missing), missing)
             except BaseException:
                 self._forget(missing)

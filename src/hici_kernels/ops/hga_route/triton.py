@@ -31,8 +31,8 @@ MOST_PICKS = 128
 MOST_CANDIDATES = 1024
 MOST_POOLED = 256
 LONGEST_RUN = 128
-# Columns of both operands at a time: with twice as many ptxas spills, in float32 10 KB a thread.
-WIDEST, WIDEST_FLOAT32 = 128, 64
+# Columns of both operands at a time: with more ptxas spills (float32: 1 KB a thread with 64, 10 KB with 128).
+WIDEST, WIDEST_FLOAT32 = 128, 32
 # Numbers of scratch between the two launches, in entries of 8 bytes.
 SCRATCH = 1 << 23
 
@@ -249,6 +249,8 @@ def _strict(
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
     k, pack, packed_groups = power(budgets.picks), power(r), power(m)
     block_m, block_n = max(config["BLOCK_M"], pack), max(config["BLOCK_N"], k)
+    if block_m > 32:
+        options["num_warps"] = max(options["num_warps"], 8)  # the rows of many heads, with their lists, in registers
     size, families, wide = block_m // pack, 1 if shared else r, k * packed_groups
     choose = budgets.budget < budgets.picks * m
     kg = power(budgets.budget) if choose else 1
