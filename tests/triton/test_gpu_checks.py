@@ -52,3 +52,14 @@ def test_a_kernel_that_is_slightly_off_does_not():
         return tuple(1.03 * y for y in problem.call(x, impl))
 
     assert gpu_checks.run_check(dataclasses.replace(problem, call=call), ["triton"])[0]["correct"] is False
+
+
+def test_a_problem_that_cannot_be_drawn_is_a_record():
+    """So that the others are still checked where the device has no memory for this one."""
+    problem = next(c for c in gpu_checks.checks(CPU, ("global_stats",)) if c.name == "odd width")
+
+    def draw(number):
+        raise torch.OutOfMemoryError("none left")
+
+    records = gpu_checks.run_check(dataclasses.replace(problem, draw=draw), ["triton", "reference"])
+    assert [r["correct"] for r in records] == [False, False] and "none left" in records[0]["error"]

@@ -47,7 +47,7 @@ def checks(device: torch.device, ops: tuple[str, ...] = OPS) -> Iterator[Check]:
 
 def run_check(problem: Check, impls: list[str]) -> list[dict[str, Any]]:
     """One record per implementation: correct True or False, or None with the reason it does not serve the problem."""
-    first = _Draw(problem, 0)
+    first: _Draw | None = None
     records = []
     for impl in impls:
         found: dict[str, Any] = {
@@ -57,6 +57,8 @@ def run_check(problem: Check, impls: list[str]) -> list[dict[str, Any]]:
             "impl": impl,
         }
         try:
+            # here, so that a problem the device has no memory for is a record like any other
+            first = first or _Draw(problem, 0)
             draws = [first.errors(impl)]
             if 1 < _worst(draws[0])[0] < 10:
                 draws += [_Draw(problem, i).errors(impl) for i in range(1, DRAWS)]
