@@ -39,11 +39,15 @@ def unavailable() -> str | None:
     return "there is no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"
 
 
+def too_old(device: torch.device) -> bool:
+    arch = architecture(device)
+    return vendor(arch) == "nvidia" and generation(arch) < OLDEST
+
+
 def rejects_device(name: str, x: Tensor, interpreter: bool) -> str | None:
     """Why kernels compiled (or, ``interpreter``, interpreted) cannot read argument ``name``, or None."""
-    arch = architecture(x.device)
-    if vendor(arch) == "nvidia" and generation(arch) < OLDEST:
-        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, {name} is on one of {arch}"
+    if too_old(x.device):
+        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, {name} is on one of {architecture(x.device)}"
     if x.device.type == "cuda" or (x.device.type == "cpu" and interpreter):
         return None
     if x.device.type == "cpu":

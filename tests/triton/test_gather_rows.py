@@ -9,6 +9,7 @@ from hici_kernels._dispatch import select
 from hici_kernels.errors import ImplError
 from hici_kernels.ops.gather_rows import reference
 from hici_kernels.ops.gather_rows import triton as launch
+from hici_kernels.tuning.chips import pretend
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,8 @@ def test_nothing_to_gather() -> None:
 
 
 def test_what_is_not_served() -> None:
+    with pretend("sm_70"), pytest.raises(ImplError, match="device is one of sm_70"):
+        select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 4, CPU)
     with pytest.raises(ImplError, match="multiple of 4 bytes, row_bytes is 6"):
         select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 6, CPU)
     with pytest.raises(ImplError, match="device is meta"):
