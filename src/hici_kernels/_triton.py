@@ -39,15 +39,19 @@ def unavailable() -> str | None:
     return "there is no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"
 
 
-def too_old(device: torch.device) -> bool:
+def too_old(device: torch.device) -> str | None:
+    """Why no kernel serves this GPU, or None."""
     arch = architecture(device)
-    return vendor(arch) == "nvidia" and generation(arch) < OLDEST
+    if vendor(arch) == "nvidia" and generation(arch) < OLDEST:
+        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, {device} is of {arch}"
+    return None
 
 
 def rejects_device(name: str, x: Tensor, interpreter: bool) -> str | None:
     """Why kernels compiled (or, ``interpreter``, interpreted) cannot read argument ``name``, or None."""
-    if too_old(x.device):
-        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, {name} is on one of {architecture(x.device)}"
+    old = too_old(x.device)
+    if old is not None:
+        return old
     if x.device.type == "cuda" or (x.device.type == "cpu" and interpreter):
         return None
     if x.device.type == "cpu":

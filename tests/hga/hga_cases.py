@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from hici_kernels import HGAConfig, Rope
+from hici_kernels.kv.page_file import PageFile
 from hici_kernels.kv.store import KVStore
 from hici_kernels.ops.hga_attention.api import HGAResult, hga_attention
 
@@ -111,3 +114,15 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
 def ids(routes: Tensor) -> list[int]:
     """The used entries of one route."""
     return [x for x in routes.tolist() if x >= 0]
+
+
+def path_of(file: PageFile) -> str:
+    """The nameless file, through the descriptor that this process holds."""
+    for fd in os.listdir("/proc/self/fd"):
+        link = f"/proc/self/fd/{fd}"
+        try:
+            if os.readlink(link).split(" (deleted)")[0] == file.name:
+                return link
+        except OSError:
+            continue
+    raise AssertionError("the file is not open")

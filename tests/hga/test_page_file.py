@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hga_cases import path_of
 
 from hici_kernels import KVStoreError, _native
 from hici_kernels.kv.layout import aligned
@@ -100,18 +101,6 @@ def filled(tmp_path, **more) -> tuple[PageFile, torch.Tensor, torch.Tensor]:
 def read(file: PageFile, pages: list[int]) -> None:
     numbers = torch.tensor(pages)
     file.end(file.begin(torch.arange(len(pages)), numbers), numbers)
-
-
-def path_of(file: PageFile) -> str:
-    """The nameless file, through the descriptor that this process holds."""
-    for fd in os.listdir("/proc/self/fd"):
-        link = f"/proc/self/fd/{fd}"
-        try:
-            if os.readlink(link).split(" (deleted)")[0] == file.name:
-                return link
-        except OSError:
-            continue
-    raise AssertionError("the file is not open")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

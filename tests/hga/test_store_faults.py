@@ -14,27 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hga_cases import close, feed, rope, small, store, tensors
+from hga_cases import close, feed, path_of, rope, small, store, tensors
 
 from hici_kernels import KVStore, KVStoreError, _native
-from hici_kernels.kv.page_file import PageFile
 from hici_kernels.ops.hga_attention.api import hga_attention
 
 pytestmark = pytest.mark.skipif(_native.status() is not None, reason="the tier disk needs the native library")
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("auto", "threads")
-
-
-def path_of(file: PageFile) -> str:
-    """The nameless file, through the descriptor that this process holds."""
-    for fd in os.listdir("/proc/self/fd"):
-        link = f"/proc/self/fd/{fd}"
-        try:
-            if os.readlink(link).split(" (deleted)")[0] == file.name:
-                return link
-        except OSError:
-            continue
-    raise AssertionError("the file is not open")
 
 
 def disk(k: torch.Tensor, tmp_path, **more) -> KVStore:

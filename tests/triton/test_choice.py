@@ -81,5 +81,5 @@ def test_they_can_run(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_gpus_older_than_the_kernels_are_named(op):
-    with pretend("sm_75"), pytest.raises(ImplError, match=r"from sm_80 .* is on one of sm_75"):
+    with pretend("sm_75"), pytest.raises(ImplError, match=r"from sm_80 .* is of sm_75"):
         call(op, "triton")

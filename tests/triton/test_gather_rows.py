@@ -33,7 +33,7 @@ def test_nothing_to_gather() -> None:
 
 
 def test_what_is_not_served() -> None:
-    with pretend("sm_70"), pytest.raises(ImplError, match="device is one of sm_70"):
+    with pretend("sm_70"), pytest.raises(ImplError, match="cpu is of sm_70"):
         select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 4, CPU)
     with pytest.raises(ImplError, match="multiple of 4 bytes, row_bytes is 6"):
         select("gather_rows", "triton", torch.zeros(1, dtype=torch.int64), 6, CPU)

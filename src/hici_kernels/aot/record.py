@@ -221,10 +221,16 @@ def _hga_route(entry: Entry) -> Problems:
     dtype, d = getattr(torch, entry.dtype), entry.head_dim
 
     def call(
-        t: int, n: int, budgets: tuple[int, ...], *rule: Any, positions: bool = False, d: int = d, h: int = 8
+        t: int,
+        n: int,
+        budgets: tuple[int, ...],
+        *rule: Any,
+        positions: bool = False,
+        heads: tuple[int, int] = (32, 8),
+        d: int = d,
     ) -> tuple[Any, ...]:
-        q = torch.empty(2, t, 32 if h > 1 else 64, d, dtype=dtype, device=NOWHERE)
-        tables = (torch.empty(2, n, *x, h, d, dtype=dtype, device=NOWHERE) for x in ((), (4,)))
+        q = torch.empty(2, t, heads[0], d, dtype=dtype, device=NOWHERE)
+        tables = (torch.empty(2, n, *x, heads[1], d, dtype=dtype, device=NOWHERE) for x in ((), (4,)))
         at = torch.empty(2, t, dtype=torch.int64, device=NOWHERE) if positions else None
         return (q, *tables, at, 0, *budgets, *rule, 0, 0, None)
 
@@ -239,7 +245,7 @@ def _hga_route(entry: Entry) -> Problems:
         # the most that tiles ask of shared memory and registers
         yield (
             "strict, 64 heads on one, head_dim 256",
-            call(4096, 64, DEFAULT_BUDGETS, "strict", 64, "query", d=256, h=1),
+            call(4096, 64, DEFAULT_BUDGETS, "strict", 64, "query", heads=(64, 1), d=256),
         )
         yield "prefix, head_dim 256", call(256, 64, DEFAULT_BUDGETS, "prefix", 64, "query", d=256)
 

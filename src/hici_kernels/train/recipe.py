@@ -94,8 +94,7 @@ class Recipe:
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         for name in ("special_tokens", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            _checks.boolean(name, getattr(self, name))
         for length in self.mixed_segments:
             _checks.integer("mixed_segments", length, 1)
         _checks.choice("dtype", self.dtype, ("float32", "bfloat16"))

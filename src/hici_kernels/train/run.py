@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
+from .. import _checks
 from ..checkpoints import extract, files
 from ..integrations import versions
 from .recipe import Recipe, engine_file
 
 RESULT = "hici"
-
-
 #: what may differ where a run goes on: nothing that was trained so far would have been trained otherwise
 MAY_CHANGE = ("max_steps", "save_steps", "keep_checkpoints", "gradient_checkpointing")
 
@@ -102,8 +101,7 @@ def run(
         ValueError, TypeError, FileNotFoundError: before any training. RuntimeError: the clip did not act.
     """
     versions.check()
-    if not isinstance(resume, bool):
-        raise TypeError(f"resume must be True or False, got {resume!r}")
+    _checks.boolean("resume", resume)
     config_file = engine_file(engine)
     model, out = Path(model), Path(out)
     if not (model / "config.json").is_file():

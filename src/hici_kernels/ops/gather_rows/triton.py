@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ..._triton import OLDEST, interpreted, too_old
+from ..._triton import interpreted, too_old
 
 WORD = 4
 
@@ -20,11 +20,9 @@ WORD = 4
 def rejects(addresses: Tensor, row_bytes: int, device: torch.device, *rest: object) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"it serves GPUs (the CPU in Triton's interpreter, TRITON_INTERPRET=1), device is {device}"
-    if too_old(device):
-        return f"it serves NVIDIA GPUs from sm_{OLDEST} (Ampere) on, device is one of {tuning.architecture(device)}"
     if row_bytes % WORD:
         return f"it serves rows of a multiple of {WORD} bytes, row_bytes is {row_bytes}"
-    return None
+    return too_old(device)
 
 
 def forward(
