@@ -24,7 +24,7 @@ constexpr int64_t kShort = std::is_same_v<T, bfloat16> ? 1 << 13 : std::is_same_
 constexpr int64_t kTasks = 64;       // enough for any number of threads we expect to matter on memory-bound work
 constexpr int64_t kSequences = 64;   // whose states are in memory at a time
 constexpr int64_t kLeast = 1 << 20;  // bytes: of less, one task reads all segments of its channels
-constexpr int64_t kWorthThreads = 1 << 18;  // elements: fewer gain little by two threads, and lose more where those must wake up
+constexpr int64_t kWorthThreads = 1 << 16;  // elements: fewer gain nothing by two threads, which are asleep at worst
 constexpr int64_t kNear = 1 << 20;   // bytes: of less, what comes next is in the second-level cache or soon is
 constexpr int64_t kWave = 4 << 20;   // bytes of local between two meetings of the threads; its means stay in cache
 constexpr int64_t kFar = 16 << 20;   // bytes written: more will not be in cache when it is read
@@ -117,26 +117,14 @@ class Call {
 
   static constexpr int64_t kPlanes = 7;
   Planes planes(Acc* at) const {
-    return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, careful ? at + 5 * ld : nullptr, at + 6 * ld};
+    return {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld, at + 5 * ld, careful ? at + 6 * ld : nullptr};
   }
 
-  void start(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
-    path.start(rows(s, segment) + b * block, p.stride_slot, p.slots, width(b), to);
-  }
   // How far beyond this block of this segment the one lies that is likely to be read next.
   int64_t next(const Sequence& s, int64_t segment, int64_t b) const {
     if (near) return 0;
     if (segment + 1 < s.stop) return p.stride_segment;
     return b + 1 < blocks ? block - (segment - s.start) * p.stride_segment : 0;
-  }
-  // start() and absorb() of the first segment that counts; returns its rows.
-  int64_t begin(const Sequence& s, int64_t segment, int64_t b, const Planes& to) const {
-    if (p.slots > kStatsPiece) {
-      start(s, segment, b, to);
-      return absorb(s, segment, b, to, 0);
-    }
-    path.begin(rows(s, segment) + b * block, p.stride_slot, p.slots, next(s, segment, b), width(b), to);
-    return p.slots;
   }
   // Adds one segment to a set of `count` rows; returns the new count.
   int64_t absorb(const Sequence& s, int64_t segment, int64_t b, const Planes& to, int64_t count) const {
@@ -177,6 +165,12 @@ bool far(const void* out, int64_t row_bytes, int64_t total) {
 
 void zero(void* p, int64_t bytes) {
   if (bytes > 0) std::memset(p, 0, bytes);
+}
+
+// Zeros in one block of channels of `rows` rows.
+template <class T>
+void clear(const Call<T>& call, T* to, int64_t rows, int64_t b) {
+  for (int64_t r = 0; r < rows; ++r) zero(to + r * call.p.channels + b * call.block, call.width(b) * sizeof(T));
 }
 
 // Where the means of a sequence or segment are kept: its first row of results, if that rounds nothing and stays in the
@@ -237,14 +231,8 @@ struct Shared {
   void summarise_chunk(Acc* states, int64_t i, int64_t b, int64_t k) const {
     if (rows[i * chunks + k] == 0) return;
     const auto to = state(states, i, b, k);
-    int64_t done = 0, j = begin(i, k);
-    if (j <= first[i]) {
-      done = call.begin(s[i], first[i], b, to);
-      j = first[i] + 1;
-    } else {
-      call.start(s[i], first[i], b, to);
-    }
-    for (; j < end(i, k); ++j)
+    int64_t done = 0;
+    for (int64_t j = begin(i, k); j < end(i, k); ++j)
       if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, to, done);
   }
 
@@ -290,7 +278,7 @@ void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
   const Memory memory(layout(nullptr));
   layout(memory.data());
   if (g.chunks > 1) g.summarise(states);
-  parallel(call.threads, count * call.blocks, [&](int64_t task, int) {
+  const auto summarise = [&](int64_t task, int) {
     const int64_t b = task % call.blocks, i = task / call.blocks;
     if (g.empty(i)) return;
     if (g.chunks == 1) g.summarise_chunk(states, i, b, 0);
@@ -298,13 +286,16 @@ void shared_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
     T* const rows_out = out + s[i].out * 5 * h;
     g.square[task] = call.path.emit(whole, g.total(i), call.width(b), rows_out + b * call.block, h,
                                     means_at(rows_out, means + i * h, false) + b * call.block, false);
-  });
-  parallel(call.threads, count, [&](int64_t i, int) {
+  };
+  const auto finish = [&](int64_t task, int) {
+    const int64_t b = task % call.blocks, i = task / call.blocks;
     T* const rows_out = out + s[i].out * 5 * h;
-    if (g.empty(i)) return zero(rows_out, 5 * h * sizeof(T));
+    if (g.empty(i)) return clear(call, rows_out, 5, b);
     const double norm = std::max(norm_of(g.total_square(i)), kNormFloor);
-    call.path.finish(means_at(rows_out, means + i * h, false), static_cast<Acc>(norm), h, rows_out + 4 * h, false);
-  });
+    call.path.finish(means_at(rows_out, means + i * h, false) + b * call.block, static_cast<Acc>(norm), call.width(b),
+                     rows_out + 4 * h + b * call.block, false);
+  };
+  parallel_twice(call.threads, count * call.blocks, summarise, count * call.blocks, finish);
 }
 
 // Running statistics: a block of channels walks through the segments in order. The norm couples blocks, so threads meet
@@ -330,35 +321,40 @@ void causal_forward(const Call<T>& call, const Sequence* s, int64_t count, T* ou
   for (int64_t i = 0; i < count; ++i) first[i] = call.first_counting(s[i]);
 
   for (int64_t at = 0; at < longest; at += wave) {
-    parallel(call.threads, count * blocks, [&](int64_t task, int) {
+    const auto summarise = [&](int64_t task, int) {
       const int64_t b = task % blocks, i = task / blocks;
       const auto state = call.planes(states + task * Call<T>::kPlanes * call.ld);
       const int64_t end = std::min(s[i].stop, s[i].start + at + wave);
+      int64_t done = rows[task];
       for (int64_t j = std::max(s[i].start + at, first[i]); j < end; ++j) {
-        if (j == first[i])
-          rows[task] = call.begin(s[i], j, b, state);
-        else if (call.counts(s[i], j))
-          rows[task] = call.absorb(s[i], j, b, state, rows[task]);
+        if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, state, done);
         const int64_t place = i * wave + (j - s[i].start - at);
         T* const rows_out = out + (s[i].out + j - s[i].start) * 5 * h;
         square[place * blocks + b] =
-            call.path.emit(state, rows[task], call.width(b), rows_out + b * call.block, h,
+            call.path.emit(state, done, call.width(b), rows_out + b * call.block, h,
                            means_at(rows_out, means + place * h, stream) + b * call.block, stream);
       }
+      rows[task] = done;
       if (stream) call.path.settle();
-    });
-    parallel(call.threads, count * wave, [&](int64_t place, int) {
-      const int64_t i = place / wave, j = s[i].start + at + place % wave;
-      if (j >= s[i].stop) return;
-      T* const rows_out = out + (s[i].out + j - s[i].start) * 5 * h;
-      if (j < first[i]) return zero(rows_out, 5 * h * sizeof(T));
-      double sum = 0;
-      for (int64_t b = 0; b < blocks; ++b) sum += square[place * blocks + b];
-      const double norm = std::max(std::sqrt(sum), kNormFloor);
-      const Acc* const from = means_at(rows_out, means + place * h, stream);
-      call.path.finish(from, static_cast<Acc>(norm), h, rows_out + 4 * h, stream);
+    };
+    const auto finish = [&](int64_t task, int) {
+      const int64_t b = task % blocks, i = task / blocks, end = std::min(s[i].stop, s[i].start + at + wave);
+      for (int64_t j = s[i].start + at; j < end; ++j) {
+        T* const rows_out = out + (s[i].out + j - s[i].start) * 5 * h;
+        if (j < first[i]) {
+          clear(call, rows_out, 5, b);
+          continue;
+        }
+        const int64_t place = i * wave + (j - s[i].start - at);
+        double sum = 0;
+        for (int64_t k = 0; k < blocks; ++k) sum += square[place * blocks + k];
+        const double norm = std::max(norm_of(sum), kNormFloor);
+        const Acc* const from = means_at(rows_out, means + place * h, stream) + b * call.block;
+        call.path.finish(from, static_cast<Acc>(norm), call.width(b), rows_out + 4 * h + b * call.block, stream);
+      }
       if (stream) call.path.settle();
-    });
+    };
+    parallel_twice(call.threads, count * blocks, summarise, count * blocks, finish);
   }
 }
 
@@ -375,13 +371,6 @@ Unit<Acc> unit_of(const StatsNorm* parts, int64_t count) {
   const double norm = std::sqrt(square);
   const bool floored = norm <= kNormFloor;
   return {static_cast<Acc>(1 / (floored ? kNormFloor : norm)), static_cast<Acc>(floored ? 0 : along / square)};
-}
-
-// The part of a segment's gradient in one block of channels, of a segment that does not count.
-template <class T>
-void clear(const Call<T>& call, T* dx, int64_t b) {
-  for (int64_t r = 0; r < call.p.slots; ++r)
-    zero(dx + r * call.p.channels + b * call.block, call.width(b) * sizeof(T));
 }
 
 template <class T>
@@ -420,24 +409,24 @@ void shared_backward(const Call<T>& call, const Sequence* s, int64_t count, cons
   std::vector<StatsNorm> norms(parts);
   std::vector<StatsPlanes<Acc>> whole(parts);
 
-  g.summarise(states);
-  parallel(call.threads, parts, [&](int64_t part, int) {
+  if (g.chunks > 1) g.summarise(states);
+  const auto facts = [&](int64_t part, int) {
     const int64_t b = part % blocks, i = part / blocks;
     if (g.empty(i)) return;
+    if (g.chunks == 1) g.summarise_chunk(states, i, b, 0);
     whole[part] = g.merged(states, i, b, top_owners + part * ld, low_owners + part * ld);
     norms[part] =
         call.path.facts(whole[part], g.total(i), call.width(b), grad_out + (s[i].out * 5 + 4) * h + b * call.block,
                         {means + part * ld, slopes + part * ld, tops + part * ld, lows + part * ld});
-  });
-  parallel(call.threads, count * g.chunks * blocks, [&](int64_t task, int worker) {
-    const int64_t b = task % blocks, k = task / blocks % g.chunks, i = task / blocks / g.chunks;
-    const int64_t part = i * blocks + b;
+  };
+  const auto spread = [&](int64_t task, int worker) {
+    const int64_t k = task % g.chunks, part = task / g.chunks, b = part % blocks, i = part / blocks;
     Acc* const at = sums + worker * 5 * ld;
     bool arrived = false;
     for (int64_t j = g.begin(i, k); j < g.end(i, k); ++j) {
       StatsSpread<T> a = spread_of(call, s[i], j, b, grad_local);
       if (a.rows == 0) {
-        clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, b);
+        clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, call.p.slots, b);
         continue;
       }
       a.stream = stream;
@@ -456,7 +445,8 @@ void shared_backward(const Call<T>& call, const Sequence* s, int64_t count, cons
       call.path.spread(a);
     }
     if (stream) call.path.settle();
-  });
+  };
+  parallel_twice(call.threads, parts, facts, parts * g.chunks, spread);
 }
 
 // What a group gives to its rows depends on all groups after it: facts are gathered in order of segments, then every
@@ -486,42 +476,36 @@ void causal_backward(const Call<T>& call, const Sequence* s, int64_t count, cons
   layout(memory.data());
   std::vector<StatsNorm> norms(parts);
   std::vector<int64_t> rows(groups);
-  std::vector<Unit<Acc>> units(groups);
   const auto facts = [&](int64_t group, int64_t b) {
     const int64_t at = (group * blocks + b) * ld;
     return StatsFacts<T>{means + at, slopes + at, tops + at, lows + at};
   };
 
-  parallel(call.threads, count * blocks, [&](int64_t task, int) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t done = 0;
+    for (int64_t j = first[i]; j < s[i].stop; ++j) {
+      if (call.counts(s[i], j)) done += call.p.slots;
+      rows[base[i] + j - s[i].start] = done;
+    }
+  }
+  const auto summarise = [&](int64_t task, int) {
     const int64_t b = task % blocks, i = task / blocks;
     const auto state = call.planes(states + task * Call<T>::kPlanes * ld);
     int64_t done = 0;
     for (int64_t j = first[i]; j < s[i].stop; ++j) {
-      if (j == first[i])
-        done = call.begin(s[i], j, b, state);
-      else if (call.counts(s[i], j))
-        done = call.absorb(s[i], j, b, state, done);
+      if (call.counts(s[i], j)) done = call.absorb(s[i], j, b, state, done);
       const int64_t group = base[i] + j - s[i].start;
       const T* const unit = grad_out + ((s[i].out + j - s[i].start) * 5 + 4) * h + b * call.block;
       norms[group * blocks + b] = call.path.facts(state, done, call.width(b), unit, facts(group, b));
     }
-  });
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t done = 0;
-    for (int64_t j = first[i]; j < s[i].stop; ++j) {
-      const int64_t group = base[i] + j - s[i].start;
-      if (call.counts(s[i], j)) done += call.p.slots;
-      rows[group] = done;
-      units[group] = unit_of<Acc>(norms.data() + group * blocks, blocks);
-    }
-  }
-  parallel(call.threads, count * blocks, [&](int64_t task, int worker) {
+  };
+  const auto spread = [&](int64_t task, int worker) {
     const int64_t b = task % blocks, i = task / blocks;
     Acc* const at = sums + worker * 5 * ld;
     zero(at, 5 * ld * sizeof(Acc));
     for (int64_t j = s[i].stop - 1; j >= s[i].start; --j) {
       StatsSpread<T> a = spread_of(call, s[i], j, b, grad_local);
-      if (a.rows == 0) clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, b);
+      if (a.rows == 0) clear(call, grad_local + (s[i].batch * call.p.segments + j) * call.p.slots * h, call.p.slots, b);
       if (j < first[i]) continue;
       const int64_t group = base[i] + j - s[i].start;
       a.stream = stream;
@@ -530,13 +514,15 @@ void causal_backward(const Call<T>& call, const Sequence* s, int64_t count, cons
       if (j + 1 < s[i].stop) a.next_mean = facts(group + 1, b).mean;
       if (j > first[i]) a.before_top = facts(group - 1, b).top, a.before_low = facts(group - 1, b).low;
       a.grad = grad_out + (s[i].out + j - s[i].start) * 5 * h + b * call.block;
-      a.inverse = units[group].inverse, a.project = units[group].project;
+      const Unit<Acc> unit = unit_of<Acc>(norms.data() + group * blocks, blocks);
+      a.inverse = unit.inverse, a.project = unit.project;
       a.each = 1 / static_cast<Acc>(rows[group]);
       a.sums = {at, at + ld, at + 2 * ld, at + 3 * ld, at + 4 * ld};
       call.path.spread(a);
     }
     if (stream) call.path.settle();
-  });
+  };
+  parallel_twice(call.threads, count * blocks, summarise, count * blocks, spread);
 }
 
 }  // namespace

@@ -30,11 +30,12 @@ template <class T>
 void global_stats_backward(const StatsProblem& p, const T* local, const T* grad_out, T* grad_local, Isa isa,
                            Execution execution);
 
-// Statistics of a set of rows, one value per channel. mean is relative to shift; squares = sum of squared deviations.
-// What rounding added to either is kept beside it (null = not kept): many merges would lose digits otherwise.
+// Statistics of a set of rows, one value per channel. The mean is mean + rest, mean being the sum rounded; squares = sum
+// of squared deviations; excess (null = not kept) = what rounding has added to it: many merges would lose digits
+// otherwise. shift: the mean of the first rows.
 template <class Acc>
 struct StatsPlanes {
-  Acc *shift, *mean, *squares, *top, *low, *mean_excess, *squares_excess;
+  Acc *shift, *mean, *rest, *squares, *top, *low, *excess;
 };
 
 // Sums over the groups of a sequence from its last one down to the present, one value per channel: what every row of an
@@ -88,13 +89,9 @@ template <class T>
 struct StatsPath {
   using Acc = typename simd::accumulator<T>::type;
   using Planes = StatsPlanes<Acc>;
-  // the empty set, seen from the mean of these rows
-  void (*start)(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes&);
-  // start() with all rows of these and absorb() of them, in one
-  void (*begin)(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes&);
-  // adds rows to a set of `count`; those `ahead` elements further on come next
+  // adds rows to a set of `count`; those `ahead` elements further on come next. With count = 0 nothing of it is read
   void (*absorb)(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes&, int64_t count);
-  // adds a later set to an earlier one of equal shift; owners, if not null, take `number` where its extreme wins
+  // adds a later set to an earlier one, whose shift stays; owners, if not null, take `number` where its extreme wins
   void (*merge)(const Planes& into, int64_t count, const Planes& from, int64_t from_count, int64_t n,
                 int32_t* top_owner, int32_t* low_owner, int32_t number);
   // rows mean, max, min, std of the result, `stride` apart, and the means before rounding, for which the first row may

@@ -11,16 +11,26 @@
 namespace hici::cpu {
 namespace {
 
-// The entry every OpenMP runtime offers to code compiled by GCC: run fn(data) on a team of `threads`.
-using Team = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+// What every OpenMP runtime offers to code compiled by GCC: run fn(data) on a team of `threads`, and the number of the
+// calling thread in its team. The number is the same in every call: a core finds in its caches what it left there.
+struct Runtime {
+  void (*run)(void (*fn)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*number)() = nullptr;  // null = unknown
+};
 
-Team team() {
-  static const Team found = [] {
-    Team entry = nullptr;
+const Runtime& runtime() {
+  static const Runtime found = [] {
+    Runtime entries;
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(HICI_OWN_THREADS)
-    entry = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    void* const run = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    void* const number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    entries.run = reinterpret_cast<decltype(entries.run)>(run);
+    // of two runtimes in one process, one does not number the other's threads
+    Dl_info of_run, of_number;
+    if (run && number && dladdr(run, &of_run) && dladdr(number, &of_number) && of_run.dli_fbase == of_number.dli_fbase)
+      entries.number = reinterpret_cast<decltype(entries.number)>(number);
 #endif
-    return entry;
+    return entries;
   }();
   return found;
 }
@@ -51,18 +61,30 @@ struct Call {
 
 }  // namespace
 
-bool borrows_threads() { return team() != nullptr && !forked.load(std::memory_order_relaxed); }
+bool borrows_threads() { return runtime().run != nullptr && !forked.load(std::memory_order_relaxed); }
+
+void await(const std::atomic<int64_t>& count, int64_t wanted) {
+  constexpr int kSpins = 1 << 12;  // some 50 us
+  for (int spins = 0; count.load(std::memory_order_acquire) < wanted; ++spins) {
+    if (spins >= kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+    else
+      __builtin_ia32_pause();
+#endif
+  }
+}
 
 void run_workers(int threads, void (*body)(void* context, int worker), void* context) {
   if (threads <= 1) return body(context, 0);
   Call call{body, context, threads};
   if (borrows_threads()) {
-    team()(
+    runtime().run(
         [](void* data) {
           Call& c = *static_cast<Call*>(data);
-          // a team may be smaller than asked for (nested regions, limits): workers are numbered as they come, and
-          // what the missing ones would have done is left to those present, since items are handed out dynamically
-          const int worker = c.joined.fetch_add(1, std::memory_order_relaxed);
+          // a team may be smaller than asked for (nested regions, limits): what the missing ones would have done is
+          // left to those present, since items are handed out dynamically
+          const auto number = runtime().number;
+          const int worker = number ? number() : c.joined.fetch_add(1, std::memory_order_relaxed);
           if (worker < c.threads) c.run(worker);
         },
         &call, static_cast<unsigned>(threads), 0);

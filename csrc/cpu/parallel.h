@@ -4,6 +4,7 @@
 // so that the two never compete for cores. Without one, threads are started for the call.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -21,6 +22,9 @@ void run_workers(int threads, void (*body)(void* context, int worker), void* con
 
 // Whether run_workers borrows the threads of an OpenMP runtime.
 bool borrows_threads();
+
+// Returns once `count` has reached `wanted`: at once, soon, or when the threads that are behind get a core again.
+void await(const std::atomic<int64_t>& count, int64_t wanted);
 
 // Calls body(item, worker) for item = 0..items-1, each once. Items are handed out in increasing order to whichever
 // worker is free: put long ones first. `worker` numbers scratch memory; results must not depend on it.
@@ -43,6 +47,57 @@ void parallel(Execution execution, int64_t items, Body&& body) {
       [](void* context, int worker) {
         Shared& s = *static_cast<Shared*>(context);
         for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.items;) (*s.body)(i, worker);
+      },
+      &shared);
+}
+
+// Calls first(item, worker) for item = 0..firsts-1, each once, and when all are done second(item, worker) for item =
+// 0..seconds-1. Every worker takes the items of its own share, then those that others have not begun: what first() has
+// left in a core's cache, second() finds there, and so does the next call of the same shape. Neither may throw.
+template <class First, class Second>
+void parallel_twice(Execution execution, int64_t firsts, const First& first, int64_t seconds, const Second& second) {
+  constexpr int kMost = 64;
+  const int threads = static_cast<int>(std::min<int64_t>({std::max(firsts, seconds), execution.threads, kMost}));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < firsts; ++i) first(i, 0);
+    for (int64_t i = 0; i < seconds; ++i) second(i, 0);
+    return;
+  }
+  struct alignas(64) Share {
+    std::atomic<int64_t> next[2];
+    int64_t end[2];
+  };
+  struct Shared {
+    Share share[kMost];
+    std::atomic<int64_t> done{0};
+    int64_t firsts;
+    int threads;
+    const First* first;
+    const Second* second;
+  } shared;
+  shared.firsts = firsts, shared.threads = threads, shared.first = &first, shared.second = &second;
+  for (int64_t w = 0; w < threads; ++w) {
+    Share& s = shared.share[w];
+    s.next[0] = firsts * w / threads, s.end[0] = firsts * (w + 1) / threads;
+    s.next[1] = seconds * w / threads, s.end[1] = seconds * (w + 1) / threads;
+  }
+  run_workers(
+      threads,
+      [](void* context, int worker) {
+        Shared& s = *static_cast<Shared*>(context);
+        const auto each = [&](int phase, const auto& body) {
+          int64_t count = 0;
+          for (int k = 0; k < s.threads; ++k) {
+            Share& of = s.share[(worker + k) % s.threads];
+            for (int64_t i; (i = of.next[phase].fetch_add(1, std::memory_order_relaxed)) < of.end[phase]; ++count)
+              body(i, worker);
+          }
+          return count;
+        };
+        s.done.fetch_add(each(0, *s.first), std::memory_order_acq_rel);
+        // whoever has begun an item is running: this ends, however many workers came
+        await(s.done, s.firsts);
+        each(1, *s.second);
       },
       &shared);
 }

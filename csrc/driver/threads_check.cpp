@@ -1,4 +1,4 @@
-// parallel.h: every item once, whatever the number of workers, and calls from several threads at once.
+// parallel.h: every item once and in its phase, whatever the number of workers, and calls from several threads at once.
 
 #include <atomic>
 #include <new>
@@ -17,6 +17,22 @@ void every_item_once(int threads, int64_t items) {
     if (done[i] != 1) fail("parallel: item %d of %d done %d times by %d threads", (int)i, (int)items, done[i], threads);
     if (by[i] < 0 || by[i] >= threads) fail("parallel: worker %d of %d", by[i], threads);
   }
+}
+
+// The second phase sees all of the first.
+void both_phases(int threads, int64_t firsts, int64_t seconds) {
+  std::vector<int> first(firsts), second(seconds), seen(seconds);
+  cpu::parallel_twice(
+      cpu::Execution{threads}, firsts, [&](int64_t i, int worker) { first[i] += worker < threads; }, seconds,
+      [&](int64_t i, int worker) {
+        second[i] += worker < threads;
+        for (int64_t j = 0; j < firsts; ++j) seen[i] += first[j];
+      });
+  for (int64_t i = 0; i < firsts; ++i)
+    if (first[i] != 1) fail("parallel_twice: first %d of %d done %d times", (int)i, (int)firsts, first[i]);
+  for (int64_t i = 0; i < seconds; ++i)
+    if (second[i] != 1 || seen[i] != firsts)
+      fail("parallel_twice: second %d of %d done %d times after %d", (int)i, (int)seconds, second[i], seen[i]);
 }
 
 // What bodies throw reaches the caller once all workers have come back, and the next call is as any other.
@@ -44,11 +60,14 @@ void a_failing_body(int threads) {
 void check_threads() {
   for (int threads : {1, 2, 7}) a_failing_body(threads);
   for (int threads : {1, 2, 3, 7})
-    for (int64_t items : {0, 1, 2, 6, 100}) every_item_once(threads, items);
+    for (int64_t items : {0, 1, 2, 6, 100}) {
+      every_item_once(threads, items);
+      for (int64_t more : {0, 1, 9, 40}) both_phases(threads, items, more);
+    }
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i)
     callers.emplace_back([] {
-      for (int j = 0; j < 20; ++j) every_item_once(3, 50);
+      for (int j = 0; j < 20; ++j) every_item_once(3, 50), both_phases(3, 8, 16);
     });
   for (std::thread& t : callers) t.join();
   if (cpu::borrows_threads()) fail("the driver is to start its own threads");

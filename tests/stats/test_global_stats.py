@@ -277,13 +277,15 @@ def test_segments_left_out_may_hold_anything(impl: str, causal: bool) -> None:
 
 @each_impl
 @each_causal
-def test_nan_and_inf_of_counting_segments_show(impl: str, causal: bool) -> None:
-    x = sample((1, 4, 2, 12), dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("slots", [2, 8])
+def test_nan_and_inf_of_counting_segments_show(impl: str, causal: bool, dtype: torch.dtype, slots: int) -> None:
+    x = sample((1, 4, slots, 12), dtype=dtype)
     x[0, 1, 1, 3], x[0, 1, 0, 4] = torch.nan, torch.inf
     rows = global_stats(x, causal=causal, impl=impl)[0]
     last = rows[-1] if causal else rows
     assert last[:4, 3].isnan().all()
-    assert not last[0, 4].isfinite() and last[1, 4] == torch.inf and last[2, 4].isfinite()
+    assert not last[0, 4].isfinite() and last[1, 4] == torch.inf and last[2, 4].isfinite() and last[3, 4].isnan()
     clean = [c for c in range(12) if c not in (3, 4)]
     assert last[:4, clean].isfinite().all()
     if causal:

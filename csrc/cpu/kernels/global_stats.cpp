@@ -1,16 +1,17 @@
 // Statistics of rows, block of channels by block of channels; each lane of a vector is one channel.
 //
-// Eight rows at a time are read once, as distances from the first of them. These stay in registers between two sweeps: their
-// mean first, then squared deviations from it; 16-bit elements need one sweep only (`look`). The result is merged into the
-// running state by Chan's rule, relative to the mean of the sequence's first segment. So memory is read once, and neither
-// mean nor variance is ever a difference of large numbers. The gradient needs no positions of extremes: going through the
-// rows in order, the first one that equals the extreme takes its gradient; in the running form a segment holds the extreme
-// first if the previous group's was another.
+// Eight rows at a time are read once, as distances from the mean of all before them; those of the first segment find their
+// squared deviations by themselves (`look`). What they give is merged into the running state by Chan's rule, relative to
+// the mean of the sequence's first segment. So memory is read once, and neither mean nor variance is ever a difference of
+// large numbers. The gradient needs no positions of extremes: going through the rows in order, the first one that equals
+// the extreme takes its gradient; in the running form a segment holds the extreme first if the previous group's was
+// another.
 //
-// Roofline. An element costs 6 operations forward (subtract, add, maximum, minimum, subtract, multiply-add), so memory
-// bounds all forms. Bytes: shared forward, local once; causal forward, local once plus 5 rows per segment written;
-// backward, local twice and its gradient once, in the running form also 5 rows of gradient and 4 rows of facts per
-// segment (mean, slope in float; extremes in the element type), written and read.
+// Roofline. An element costs 5 operations forward (a distance, its sum, its square, the maximum and the minimum, of which a
+// quarter is logic) and a quarter more for the state, 16-bit elements a widening, so memory bounds all forms that are not
+// in a cache. Bytes: shared forward, local once; causal forward, local once plus 5 rows per segment written; backward,
+// local twice and its gradient once, in the running form also 5 rows of gradient and 4 rows of facts per segment (mean,
+// slope in float; extremes in the element type), written and read.
 //
 // What was tried, and what it gave on one core of a Zen 5 (copy: 37 GB/s read + written in the same runs, 256 MiB, slots
 // 8, H 4096; processor time of the thread, since the machine was shared; bytes are local plus result):
@@ -29,6 +30,20 @@
 //     trees, fused squares and the loop inlined where its pointers are known 25.6 and 31.4, of which 7 are the way through
 //     Python. Smaller blocks and the prefetch change nothing. By llvm-mca (-mcpu=znver4) the loop takes 5.1 cycles a
 //     vector and row, 11 us at 3.66 GHz.
+//   - then, native call, builds alternating in one process, fastest of 80 windows of 150 calls, float32, one thread: 17.0
+//     shared, 22.7 causal. Of each pair of rows only the maximum by comparison and the minimum by logic, which more units
+//     do, and shorter chains of additions: 13.7 and 18.0 (bfloat16 13.9 to 13.4). Distances from the first of 8 rows had
+//     made means err by more than our budget where that row was far off, at this very shape; from the middle one of three
+//     16.1 and 20.3; from the running mean, with one sweep, 14.1 and 18.3 (bfloat16 13.8, and 256 MiB of it 4 % slower).
+//     The mean in two numbers, without which a first segment far from the others cost up to 3 budgets: 0.3 more.
+//   - 2 threads had gained 3 us in the shared form and nothing in the causal one: whoever was free took a block, and the
+//     rows it left in its cache were the other's the next time, and in the norm. With a share for every worker, the same in
+//     every call, and the norm in the same parallel region: 8.8 and 11.5 us, bfloat16 9.1 and 12.1. Where the other core
+//     does not come, as happens on a virtual machine, the first one does all in 0.6 us more than alone.
+//   - left: results written by the loop that absorbs their rows, 18.0 to 21.6 causal, perhaps because square roots keep a
+//     multiplier busy; looking for NaN once a block instead of once a vector, slower by 0.3; sums of a thread on cache
+//     lines of their own, slower by 0.3; blocks of 256 or 1,024 channels, slower by 0.6 to 2. All rows in the first cache
+//     would give 9.2 of the 11.4 that the loops take in the shared form.
 // And on one core of a Zen 4, 256 MiB, shared, milliseconds of thread time beside other work (medians of 7 to 11 calls,
 // alternating with a copy of as many bytes, which took 15 to 19):
 //   - 512 channels of a row at a time: 26 float32, 39 bfloat16. A row of 1 KB is a quarter of a page, and neither address
@@ -61,30 +76,6 @@ struct Kernel {
   using Planes = StatsPlanes<Acc>;
   static constexpr int L = lanes<Acc>::count;
 
-  static void start(const T* x, int64_t stride, int64_t rows, int64_t n, const Planes& planes) {
-    const Acc share = 1 / static_cast<Acc>(rows);
-    each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
-      if (rows == kStatsPiece) {  // as begin_rows(): states of one sequence must have the same shift
-        Piece<1> seen;
-        seen.top[0] = seen.low[0] = all(Acc(0));
-        look<kStatsPiece, false>(x + c, stride, 0, seen, tail);
-        put(planes.shift + c, seen.from[0] + seen.own[0]);
-      } else {
-        V sum = all(Acc(0));
-        for (int64_t r = 0; r < rows; ++r) sum = sum + get(x + r * stride + c, tail);
-        put(planes.shift + c, sum * share);
-      }
-      put(planes.mean + c, all(Acc(0)));
-      put(planes.squares + c, all(Acc(0)));
-      if (planes.mean_excess) {
-        put(planes.mean_excess + c, all(Acc(0)));
-        put(planes.squares_excess + c, all(Acc(0)));
-      }
-      put(planes.top + c, all(-static_cast<Acc>(__builtin_inf())));
-      put(planes.low + c, all(static_cast<Acc>(__builtin_inf())));
-    });
-  }
-
   struct Weights {
     Acc own, share, between;  // 1 / added; added / total; count * added / total
   };
@@ -96,22 +87,25 @@ struct Kernel {
     put(sum, total);
   }
 
-  // Chan's rule for one set of rows whose mean and squared deviations are known.
-  static inline void join(Planes planes, int64_t c, Weights w, V own, V spread) {
-    V gap = own - get(planes.mean + c);
-    if (planes.mean_excess) {
-      gap = gap + get(planes.mean_excess + c);
-      gather(planes.mean + c, planes.mean_excess + c, gap * w.share);
-      gather(planes.squares + c, planes.squares_excess + c, spread + gap * gap * w.between);
-    } else {
-      put(planes.mean + c, get(planes.mean + c) + gap * w.share);
-      put(planes.squares + c, get(planes.squares + c) + spread + gap * gap * w.between);
-    }
+  // A state of rows whose mean seen from `from` and squared deviations are known.
+  static inline void found(Planes planes, int64_t c, V from, V own, V spread) {
+    const V mean = from + own, none = all(Acc(0));
+    put(planes.shift + c, mean);
+    put(planes.mean + c, mean);
+    put(planes.rest + c, own + (from - mean));
+    put(planes.squares + c, spread);
+    if (planes.excess) put(planes.excess + c, none);
   }
 
-  static inline V mean_of(Planes planes, int64_t c) {
-    const V mean = get(planes.shift + c) + get(planes.mean + c);
-    return planes.mean_excess ? mean - get(planes.mean_excess + c) : mean;
+  // Chan's rule for one more set of rows, whose mean, as it is above that of the state, and squared deviations are known.
+  static inline void join(Planes planes, int64_t c, Weights w, V above, V spread) {
+    const V old = get(planes.mean + c), more = fused(above, all(w.share), get(planes.rest + c)), mean = old + more;
+    put(planes.mean + c, mean);
+    put(planes.rest + c, more - (mean - old));
+    if (planes.excess)
+      gather(planes.squares + c, planes.excess + c, spread + above * above * w.between);
+    else
+      put(planes.squares + c, fused(above * above, all(w.between), get(planes.squares + c) + spread));
   }
 
   // Comparisons are false for NaN, but a set that holds one has no maximum, as in torch.amax.
@@ -126,134 +120,136 @@ struct Kernel {
     }
   }
 
-  // R rows of U vectors: their first one, their mean seen from it, their squared deviations and all extremes so far.
+  // Squared deviations that are not a number: infinite where it is the difference of two infinities, else there is none,
+  // as the mean is not finite.
+  static inline V mend(V own, V spread) {
+    return pick(is_nan(spread), all(static_cast<Acc>(__builtin_inf())) + (own - own), spread);
+  }
+
+  // R rows of U vectors: their mean seen from `from`, their squared deviations and all extremes so far.
   template <int U>
   struct Piece {
     V from[U], own[U], spread[U], top[U], low[U];
   };
 
-  // The sum of R values as a tree: a chain would be waited for.
-  template <int R>
-  __attribute__((always_inline)) static inline V sum_of(const V* d) {
-    V part[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) part[r] = d[r];
-#pragma GCC unroll 4
-    for (int half = R / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-      for (int r = 0; r < half; ++r) part[r] = part[r] + part[r + half];
-    return part[0];
-  }
-
-  // Vectors of a line inside, rows outside: rows that lie a power of two apart push each other out of the first cache.
-  template <int R, bool Ahead, int U, class Tail>
+  // Two rows at a time, so that few of them stay in registers. Vectors of a line inside, rows outside: rows that lie a
+  // power of two apart push each other out of the first cache.
+  //
+  // With `Alone`, the rows must give their squared deviations by themselves. They are half the squared differences of
+  // pairs, a quarter of those of the pairs' sums, and so on (a Haar transform): sums of squares, of which nothing is
+  // taken away. Distances are from the middle one of three rows, lest they are all from a value far off.
+  //
+  // Otherwise there is a state of `count` rows, whose mean is `from` (rounded), and the distances d give
+  //     sum d^2 - (sum d)^2 / R, to which join() adds (sum d)^2 / R * count / (count + R).
+  // At most half of sum d^2 goes away: one sweep is enough, to whatever values rows may drift.
+  template <int R, bool Alone, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void look(const T* x, int64_t stride, int64_t ahead, Piece<U>& seen,
                                                          Tail tail) {
-    // Squared deviations as a difference, sum d^2 - (sum d)^2 / R. Since d of the first row is 0, (sum d)^2 / R is at most
-    // (R - 1) / R of the squares, and three bits are lost, which distances of numbers of 8 or 11 bits do not need.
-    constexpr bool kOneSweep = sizeof(T) == 2;
-    V d[U][R], sum[U], squares[U];
+    static_assert(R >= 4 && (R & (R - 1)) == 0);
+    V sum[U][R / 2], squares[U], more[U];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; r += 2) {
       const T* const p = x + r * stride;
       if (Ahead) __builtin_prefetch(p + ahead, 0, kSecondLevel);
+      if (Ahead) __builtin_prefetch(p + stride + ahead, 0, kSecondLevel);
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
-        const V v = get(p + u * L, tail);
-        seen.top[u] = higher(v, seen.top[u]);
-        seen.low[u] = lower(v, seen.low[u]);
-        if (r == 0) seen.from[u] = v;
-        d[u][r] = r == 0 ? all(Acc(0)) : v - seen.from[u];
-        if (!kOneSweep || r == 0) continue;
-        sum[u] = r == 1 ? d[u][r] : sum[u] + d[u][r];
-        squares[u] = r == 1 ? d[u][r] * d[u][r] : fused(d[u][r], d[u][r], squares[u]);
+        const V a = get(p + u * L, tail), b = get(p + stride + u * L, tail), high = higher(a, b);
+        const V low = other(a, b, high);
+        seen.top[u] = higher(high, seen.top[u]);
+        seen.low[u] = lower(low, seen.low[u]);
+        if (Alone && r == 0) seen.from[u] = higher(low, lower(high, get(p + 2 * stride + u * L, tail)));
+        const V d = a - seen.from[u], e = b - seen.from[u], gap = d - e;
+        sum[u][r / 2] = d + e;
+        if (Alone) {
+          squares[u] = r == 0 ? gap * gap : fused(gap, gap, squares[u]);
+        } else {
+          squares[u] = r == 0 ? d * d : fused(d, d, squares[u]);
+          more[u] = r == 0 ? e * e : fused(e, e, more[u]);
+        }
       }
     }
+    const V none = all(Acc(0));
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      if (!kOneSweep) sum[u] = sum_of<R>(d[u]);
-      seen.own[u] = sum[u] * (Acc(1) / R);
-      if (kOneSweep) {
-        // the second is never the larger one, but still infinite where the first is the difference of two infinities
-        seen.spread[u] = higher(squares[u] - sum[u] * seen.own[u], squares[u] * (Acc(1) / R));
-        continue;
-      }
-      V part[R / 2];
+      V spread = Alone ? squares[u] * all(Acc(0.5)) : squares[u] + more[u];
+      Acc share = Acc(0.25);
 #pragma GCC unroll 4
-      for (int r = 0; r < R / 2; ++r) {
-        const V e = d[u][r] - seen.own[u], f = d[u][r + R / 2] - seen.own[u];
-        part[r] = fused(f, f, e * e);
+      for (int n = R / 2; n > 1; n /= 2, share /= 2) {
+        // nothing has a distance from an infinite mean: the sum of all adds 0, or NaN
+        V level = n > 2 ? none : (sum[u][0] + sum[u][1]) * none;
+#pragma GCC unroll 4
+        for (int i = 0; i < n / 2; ++i) {
+          const V a = sum[u][2 * i], b = sum[u][2 * i + 1], gap = a - b;
+          if (Alone) level = fused(gap, gap, level);
+          sum[u][i] = a + b;
+        }
+        if (Alone) spread = fused(level, all(share), spread);
       }
-      seen.spread[u] = sum_of<R / 2>(part);
+      seen.own[u] = sum[u][0] * all(Acc(1) / R);
+      if (!Alone) spread = fused(-seen.own[u], sum[u][0], spread);
+      seen.spread[u] = spread;
     }
   }
 
-  template <int R, bool Ahead, int U, class Tail>
+  // Adds R rows to a state, or makes it of them (Alone).
+  template <int R, bool Alone, bool Ahead, int U, class Tail>
   __attribute__((always_inline)) static inline void absorb_rows(const T* x, int64_t stride, int64_t ahead,
                                                                 Planes planes, Weights w, int64_t c, Tail tail) {
+    const V highest = all(static_cast<Acc>(__builtin_inf()));
     Piece<U> seen;
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) seen.top[u] = get(planes.top + c + u * L), seen.low[u] = get(planes.low + c + u * L);
-    look<R, Ahead>(x + c, stride, ahead, seen, tail);
-    V bad = all(Acc(0));
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int64_t at = c + u * L;
-      bad = bad + seen.own[u];
-      join(planes, at, w, seen.own[u] + (seen.from[u] - get(planes.shift + at)), seen.spread[u]);
-      put(planes.top + at, seen.top[u]);
-      put(planes.low + at, seen.low[u]);
+      seen.top[u] = Alone ? -highest : get(planes.top + at), seen.low[u] = Alone ? highest : get(planes.low + at);
+      if (!Alone) seen.from[u] = get(planes.mean + at);
     }
-    if (__builtin_expect(any(is_nan(bad)), 0))
-      for (int u = 0; u < U; ++u)
-        spoil(x + c + u * L, stride, R, planes.top + c + u * L, planes.low + c + u * L, tail);
-  }
-
-  // The first R rows of a sequence whose segments have no more: start() and absorb_rows() in one, to the same bits.
-  template <int R, bool Ahead, int U, class Tail>
-  __attribute__((always_inline)) static inline void begin_rows(const T* x, int64_t stride, int64_t ahead,
-                                                               Planes planes, int64_t c, Tail tail) {
-    const V highest = all(static_cast<Acc>(__builtin_inf())), none = all(Acc(0));
-    Piece<U> seen;
+    look<R, Alone, Ahead>(x + c, stride, ahead, seen, tail);
+    V bad = seen.spread[0];
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) seen.top[u] = none - highest, seen.low[u] = highest;
-    look<R, Ahead>(x + c, stride, ahead, seen, tail);
+    for (int u = 1; u < U; ++u) bad = bad + seen.spread[u];
+    const bool odd = __builtin_expect(any(is_nan(bad)), 0);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const int64_t at = c + u * L;
-      const V shift = seen.from[u] + seen.own[u];
-      put(planes.shift + at, shift);
-      put(planes.mean + at, seen.own[u] + (seen.from[u] - shift));
-      put(planes.squares + at, seen.spread[u]);
-      if (planes.mean_excess) {
-        put(planes.mean_excess + at, none);
-        put(planes.squares_excess + at, none);
-      }
+      if (odd) seen.spread[u] = mend(seen.own[u], seen.spread[u]);
+      if (Alone)
+        found(planes, at, seen.from[u], seen.own[u], seen.spread[u]);
+      else
+        join(planes, at, w, seen.own[u] - get(planes.rest + at), seen.spread[u]);
       put(planes.top + at, seen.top[u]);
       put(planes.low + at, seen.low[u]);
-      if (__builtin_expect(any(is_nan(seen.own[u])), 0))
-        spoil(x + at, stride, R, planes.top + at, planes.low + at, tail);
+      if (odd) spoil(x + at, stride, R, planes.top + at, planes.low + at, tail);
     }
   }
 
-  // Any number of rows, read twice; the second time from the first-level cache.
-  template <class Tail>
+  // Any number of rows, read twice or thrice; after the first time from the first-level cache.
+  template <bool Alone, class Tail>
   static inline void absorb_some(const T* x, int64_t stride, int64_t rows, Planes planes, Weights w, int64_t c,
                                  Tail tail) {
-    const V shift = get(planes.shift + c);
-    V top = get(planes.top + c), low = get(planes.low + c), sum = all(Acc(0)), spread = sum;
+    const V highest = all(static_cast<Acc>(__builtin_inf())), none = all(Acc(0));
+    V from = none, top = -highest, low = highest, sum = none, spread = none;
+    if (Alone) {
+      for (int64_t r = 0; r < rows; ++r) from = from + get(x + r * stride + c, tail);
+      from = from * w.own;
+    } else {
+      from = get(planes.mean + c), top = get(planes.top + c), low = get(planes.low + c);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const V v = get(x + r * stride + c, tail);
-      sum = sum + (v - shift);
+      sum = sum + (v - from);
       top = higher(v, top);
       low = lower(v, low);
     }
     const V own = sum * w.own;
     for (int64_t r = 0; r < rows; ++r) {
-      const V e = get(x + r * stride + c, tail) - shift - own;
+      const V e = get(x + r * stride + c, tail) - from - own;
       spread = spread + e * e;
     }
-    join(planes, c, w, own, spread);
+    if (Alone)
+      found(planes, c, from, own, spread);
+    else
+      join(planes, c, w, own - get(planes.rest + c), spread);
     put(planes.top + c, top);
     put(planes.low + c, low);
     if (__builtin_expect(any(is_nan(sum)), 0)) spoil(x + c, stride, rows, planes.top + c, planes.low + c, tail);
@@ -266,48 +262,40 @@ struct Kernel {
             static_cast<Acc>(static_cast<double>(count) * share)};
   }
 
+  template <bool Alone, bool Ahead>
+  static void absorb_piece(const T* x, int64_t stride, int64_t ahead, int64_t n, Planes planes, Weights w) {
+    // a whole line at a time, and its rows ahead once; what is in cache needs neither, and more registers are left
+    each_vector<Ahead ? kLine<T> : 1, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
+      absorb_rows<kStatsPiece, Alone, Ahead, decltype(many)::value>(x, stride, ahead, planes, w, c, tail);
+    });
+  }
+
+  template <bool Alone>
+  static void absorb_any(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, Planes planes, Weights w) {
+    if (rows != kStatsPiece)
+      each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { absorb_some<Alone>(x, stride, rows, planes, w, c, tail); });
+    else if (ahead)
+      absorb_piece<Alone, true>(x, stride, ahead, n, planes, w);
+    else
+      absorb_piece<Alone, false>(x, stride, 0, n, planes, w);
+  }
+
   static void absorb(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes& planes,
                      int64_t count) {
     const Weights w = weights(count, rows);
-    const Planes local = planes;
-    if (rows == kStatsPiece && ahead)
-      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        absorb_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, w, c, tail);
-      });
-    else if (rows == kStatsPiece)
-      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        absorb_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, w, c, tail);
-      });
+    if (count == 0)
+      absorb_any<true>(x, stride, rows, ahead, n, planes, w);
     else
-      each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) { absorb_some(x, stride, rows, local, w, c, tail); });
-  }
-
-  static void begin(const T* x, int64_t stride, int64_t rows, int64_t ahead, int64_t n, const Planes& planes) {
-    if (rows != kStatsPiece) {
-      start(x, stride, rows, n, planes);
-      return absorb(x, stride, rows, ahead, n, planes, 0);
-    }
-    const Planes local = planes;
-    if (ahead)
-      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        begin_rows<kStatsPiece, true, decltype(many)::value>(x, stride, ahead, local, c, tail);
-      });
-    else
-      each_vector<kLine<T>, Acc>(n, [&](int64_t c, auto many, auto tail) __attribute__((always_inline)) {
-        begin_rows<kStatsPiece, false, decltype(many)::value>(x, stride, 0, local, c, tail);
-      });
+      absorb_any<false>(x, stride, rows, ahead, n, planes, w);
   }
 
   static void merge(const Planes& into, int64_t count, const Planes& from, int64_t added, int64_t n,
                     int32_t* top_owner, int32_t* low_owner, int32_t id) {
     const Weights w = weights(count, added);
     for (int64_t c = 0; c < n; c += L) {
-      if (from.mean_excess) {
-        join(into, c, w, get(from.mean + c), get(from.squares + c) - get(from.squares_excess + c));
-        put(into.mean_excess + c, get(into.mean_excess + c) + get(from.mean_excess + c) * w.share);
-      } else {
-        join(into, c, w, get(from.mean + c), get(from.squares + c));
-      }
+      const V above = (get(from.mean + c) - get(into.mean + c)) + (get(from.rest + c) - get(into.rest + c));
+      const V spread = get(from.squares + c);
+      join(into, c, w, above, from.excess ? spread - get(from.excess + c) : spread);
       const V top = get(into.top + c), low = get(into.low + c), high = get(from.top + c), deep = get(from.low + c);
       const auto up = either(greater(high, top), but_not(is_nan(high), is_nan(top)));
       const auto down = either(greater(low, deep), but_not(is_nan(deep), is_nan(low)));
@@ -325,7 +313,7 @@ struct Kernel {
     const bool keep = static_cast<const void*>(means) != static_cast<const void*>(out);
     DotSum norm;
     each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
-      const V mean = mean_of(planes, c);
+      const V mean = get(planes.mean + c);
       const V variance = get(planes.squares + c) * each;
       if (keep) put(means + c, mean, tail);
       leave(out + c, mean, past, tail);
@@ -354,7 +342,7 @@ struct Kernel {
     const Acc each = 1 / static_cast<Acc>(count), rows = static_cast<Acc>(count);
     DotSum norm, along;
     each_vector<1, Acc>(n, [&](int64_t c, auto, auto tail) {
-      const V own = get(planes.mean + c), mean = mean_of(planes, c);
+      const V mean = get(planes.mean + c), own = (mean - get(planes.shift + c)) + get(planes.rest + c);
       const V variance = get(planes.squares + c) * each;
       const auto flat = at_most(variance, all(Acc(kVarianceFloor)));
       put(to.mean + c, own);
@@ -441,7 +429,7 @@ struct Kernel {
     });
   }
 
-  static StatsPath<T> path() { return {start, begin, absorb, merge, emit, finish, facts, spread, settle}; }
+  static StatsPath<T> path() { return {absorb, merge, emit, finish, facts, spread, settle}; }
 };
 
 }  // namespace

@@ -26,6 +26,15 @@ inline Vec higher(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Wide higher(Wide a, Wide b) { return _mm512_max_pd(a, b); }
 inline Vec lower(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Wide lower(Wide a, Wide b) { return _mm512_min_pd(a, b); }
+// a or b, whichever `one` is not: units that find extremes are fewer than those that do logic
+inline Vec other(Vec a, Vec b, Vec one) {
+  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b), z = _mm512_castps_si512(one);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(x, y, z, 0x96));
+}
+inline Wide other(Wide a, Wide b, Wide one) {
+  const __m512i x = _mm512_castpd_si512(a), y = _mm512_castpd_si512(b), z = _mm512_castpd_si512(one);
+  return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(x, y, z, 0x96));
+}
 inline Vec root(Vec v) { return _mm512_sqrt_ps(v); }
 inline Wide root(Wide v) { return _mm512_sqrt_pd(v); }
 // x / by from inverse = 1 / by, rounded, at a quarter of a division's time: by Markstein's theorem the same bits where
@@ -144,6 +153,10 @@ inline void stream(T* p, V v) {
   simd::narrow(p, v);
 }
 #endif
+template <class V>
+inline V other(V a, V b, V) {
+  return lower(a, b);
+}
 template <class V>
 inline auto greater(V a, V b) {
   return a > b;
