@@ -292,6 +292,34 @@ def test_nan_and_inf_of_counting_segments_show(impl: str, causal: bool, dtype: t
         assert rows[0].isfinite().all()
 
 
+# what long texts do: the first token of many models has activations a thousand times the others'
+DRIFTS = {
+    "first": lambda i, n: 1000.0 * (i == 0),
+    "last": lambda i, n: 1000.0 * (i == n - 1),
+    "one-in-eight": lambda i, n: 100.0 * (i % 8 == 0),
+    "there-and-back": lambda i, n: 50.0 if i < n // 3 else -10.0,  # no set of which has a mean near 0
+}
+
+
+def check_drift(impl: str, causal: bool, n: int, drift: str, h: int, slots: int = 8) -> None:
+    """Every set by itself: one with a large result would hide the others."""
+    moved = torch.tensor([DRIFTS[drift](i, n) for i in range(n)]).view(1, n, 1, 1)
+    x = sample((1, n, slots, h), seed=n, dtype=torch.float32, offset=0) + moved
+    exact, rough = oracle(x.double(), causal), oracle(x, causal)
+    out = global_stats(x, causal=causal, impl=impl)
+    for i in range(n) if causal else [slice(None)]:
+        for row in range(5):
+            truth, found, near = (t[0, i][..., row, :] if causal else t[0, row] for t in (exact, out, rough))
+            assert_within_budget(truth, found, near, f"set {i} row {row}")
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+@each_impl
+@each_causal
+def test_segments_far_from_each_other_keep_the_budget(impl: str, causal: bool, drift: str) -> None:
+    check_drift(impl, causal, 20 if causal else 70, drift, 24)
+
+
 @each_impl
 @each_causal
 def test_subnormal_extremes_are_kept(impl: str, causal: bool) -> None:

@@ -24,8 +24,8 @@ _spec = importlib.util.spec_from_file_location(
 )
 definition = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(definition)
-oracle, sample, mask, cuts, gradient = (
-    getattr(definition, name) for name in ("oracle", "sample", "mask", "cuts", "gradient")
+oracle, sample, mask, cuts, gradient, check_drift = (
+    getattr(definition, name) for name in ("oracle", "sample", "mask", "cuts", "gradient", "check_drift")
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -120,6 +120,12 @@ def test_spread_far_from_zero(causal):
     expected = torch.autograd.grad(oracle(leaf, causal), leaf, grad)[0]
     found = gradient(x, grad.float(), causal=causal, impl="triton").double()
     torch.testing.assert_close(found, expected, rtol=0, atol=TWO_EPS * float(expected.abs().max()))
+
+
+@each_causal
+@pytest.mark.parametrize("drift", ["first", "last"])
+def test_segments_far_from_each_other_keep_the_budget(causal, drift):
+    check_drift("triton", causal, 19 if causal else 37, drift, 9, slots=2)
 
 
 @each_causal

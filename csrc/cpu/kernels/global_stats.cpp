@@ -35,7 +35,8 @@
 //     do, and shorter chains of additions: 13.7 and 18.0 (bfloat16 13.9 to 13.4). Distances from the first of 8 rows had
 //     made means err by more than our budget where that row was far off, at this very shape; from the middle one of three
 //     16.1 and 20.3; from the running mean, with one sweep, 14.1 and 18.3 (bfloat16 13.8, and 256 MiB of it 4 % slower).
-//     The mean in two numbers, without which a first segment far from the others cost up to 3 budgets: 0.3 more.
+//     The mean in two numbers, without which a first segment far from the others cost up to 3 budgets: 0.3 more. The tree
+//     of sums as a template instead of a loop that is unrolled: slower by 0.9, by the order of instructions alone.
 //   - 2 threads had gained 3 us in the shared form and nothing in the causal one: whoever was free took a block, and the
 //     rows it left in its cache were the other's the next time, and in the norm. With a share for every worker, the same in
 //     every call, and the norm in the same parallel region: 8.8 and 11.5 us, bfloat16 9.1 and 12.1. Where the other core
@@ -77,7 +78,7 @@ struct Kernel {
   static constexpr int L = lanes<Acc>::count;
 
   struct Weights {
-    Acc own, share, between;  // 1 / added; added / total; count * added / total
+    Acc own, share, rest, between;  // 1 / added; added / total, rounded, and what that has lost; count * added / total
   };
 
   // sum += more, and what rounding adds to it goes to excess (Kahan)
@@ -99,7 +100,8 @@ struct Kernel {
 
   // Chan's rule for one more set of rows, whose mean, as it is above that of the state, and squared deviations are known.
   static inline void join(Planes planes, int64_t c, Weights w, V above, V spread) {
-    const V old = get(planes.mean + c), more = fused(above, all(w.share), get(planes.rest + c)), mean = old + more;
+    const V old = get(planes.mean + c);
+    const V more = fused(above, all(w.share), fused(above, all(w.rest), get(planes.rest + c))), mean = old + more;
     put(planes.mean + c, mean);
     put(planes.rest + c, more - (mean - old));
     if (planes.excess)
@@ -169,7 +171,6 @@ struct Kernel {
         }
       }
     }
-    const V none = all(Acc(0));
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       V spread = Alone ? squares[u] * all(Acc(0.5)) : squares[u] + more[u];
@@ -177,8 +178,7 @@ struct Kernel {
 #pragma GCC unroll 4
       for (int n = R / 2; n > 1; n /= 2, share /= 2) {
         // nothing has a distance from an infinite mean: the sum of all adds 0, or NaN
-        V level = n > 2 ? none : (sum[u][0] + sum[u][1]) * none;
-#pragma GCC unroll 4
+        V level = n > 2 ? all(Acc(0)) : (sum[u][0] + sum[u][1]) * all(Acc(0));
         for (int i = 0; i < n / 2; ++i) {
           const V a = sum[u][2 * i], b = sum[u][2 * i + 1], gap = a - b;
           if (Alone) level = fused(gap, gap, level);
@@ -258,7 +258,9 @@ struct Kernel {
   static Weights weights(int64_t count, int64_t added) {
     const double total = static_cast<double>(count) + static_cast<double>(added);
     const double share = static_cast<double>(added) / total;
-    return {static_cast<Acc>(1 / static_cast<double>(added)), static_cast<Acc>(share),
+    const Acc rounded = static_cast<Acc>(share);
+    return {static_cast<Acc>(1 / static_cast<double>(added)), rounded,
+            static_cast<Acc>(share - static_cast<double>(rounded)),
             static_cast<Acc>(static_cast<double>(count) * share)};
   }
 

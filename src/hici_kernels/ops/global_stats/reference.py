@@ -22,10 +22,12 @@ VARIANCE_FLOOR = STD_FLOOR**2
 class Summary(NamedTuple):
     """Statistics of sets of rows, [B, G, H] each (``rows``: how many, [B, G, 1]).
 
-    mean is relative to a shift per document.
+    mean is relative to a shift per document. Where that lies far from what follows, as the first token of a text may,
+    few of its digits are left: enough for squares, but the mean that is shown comes from total.
     """
 
     rows: Tensor
+    total: Tensor  # sum of x, in float64 where there is one
     mean: Tensor
     squares: Tensor  # sum of (x - mean)^2
     top: Tensor
@@ -62,13 +64,13 @@ def _running(local: Tensor, keep: Tensor, cu_segments: Tensor | None) -> Tensor:
     # replaced, not multiplied by 0: rows that do not count may hold NaN
     x = torch.where(keep.unsqueeze(-1), local.to(working_dtype(local.dtype)), 0.0)
     shift = _shift(x.detach(), keep, document, docs)
-    total = _scan(_summarise(x, keep, shift), document)
-    seen = total.rows > 0
-    mean = torch.where(seen, total.mean + shift, 0.0)
+    found = _scan(_summarise(x, keep, shift), document)
+    seen = found.rows > 0
+    mean = torch.where(seen, found.total / found.rows.clamp(min=1), 0.0).to(x.dtype)
     flat = x.flatten(1, 2)
-    top = torch.where(seen, flat.gather(1, total.top_at), 0.0)
-    low = torch.where(seen, flat.gather(1, total.low_at), 0.0)
-    variance = total.squares / total.rows.clamp(min=1)
+    top = torch.where(seen, flat.gather(1, found.top_at), 0.0)
+    low = torch.where(seen, flat.gather(1, found.low_at), 0.0)
+    variance = found.squares / found.rows.clamp(min=1)
     # the inner where keeps the infinite slope of the root at 0 out of the gradient
     flat_std = variance <= VARIANCE_FLOOR
     std = torch.where(flat_std, STD_FLOOR, torch.where(flat_std, 1.0, variance).sqrt())
@@ -110,7 +112,9 @@ def _summarise(x: Tensor, keep: Tensor, shift: Tensor) -> Summary:
     for fill, extreme in ((-torch.inf, torch.max), (torch.inf, torch.min)):
         end, at = extreme(torch.where(keep, x.detach(), fill), 2)  # torch documents: the first of equal entries
         ends += [end, at + group]
-    return Summary(count, mean, squares, *ends)
+    # what does not count has been replaced by 0
+    widest = torch.float32 if x.device.type == "mps" else torch.float64
+    return Summary(count, x.sum(2, dtype=widest), mean, squares, *ends)
 
 
 def _scan(part: Summary, document: Tensor) -> Summary:
@@ -137,6 +141,7 @@ def _merge(left: Summary, right: Summary) -> Summary:
     lower = (right.low < left.low) | (right.low.isnan() & ~left.low.isnan())
     return Summary(
         count,
+        left.total + right.total,
         mean,
         squares,
         torch.where(higher, right.top, left.top),

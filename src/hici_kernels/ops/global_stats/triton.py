@@ -93,7 +93,7 @@ class Problem:
         return self.local.new_empty(shape, dtype=torch.float32)
 
     def summaries(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.floats(count, 7, self.h), self.local.new_empty(count, dtype=torch.int32)
+        return self.floats(count, 8, self.h), self.local.new_empty(count, dtype=torch.int32)
 
     def split(self, indices: bool, out: Tensor, scratch: Tensor, squares: Tensor, final: bool) -> tuple[Tensor, Tensor]:
         """Shared statistics of every split, or (``final``: one split) of every set into ``out``."""

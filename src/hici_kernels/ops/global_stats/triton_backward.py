@@ -48,15 +48,16 @@ def merge_summaries(
     chunk = tl.program_id(0) % chunks
     set_ = (tl.program_id(0) // chunks).to(tl.int64)
     c = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    count, base, mean, square, top, low, top_at, low_at = nothing(BLOCK_H)
+    count, base, mean, rest, square, top, low, top_at, low_at = nothing(BLOCK_H)
     for i in range(0, splits):
-        count2, base2, mean2, square2, top2, low2, top_at2, low_at2 = load_summary(
+        count2, base2, mean2, rest2, square2, top2, low2, top_at2, low_at2 = load_summary(
             parts, counts, set_ * splits + i, c, width, True
         )
-        count, base, mean, square, top, low, top_at, low_at = merge(
+        count, base, mean, rest, square, top, low, top_at, low_at = merge(
             count,
             base,
             mean,
+            rest,
             square,
             top,
             low,
@@ -65,18 +66,21 @@ def merge_summaries(
             count2,
             base2,
             mean2,
+            rest2,
             square2,
             top2,
             low2,
             top_at2,
             low_at2,
         )
-    store_summary(merged, merged_counts, set_, c, width, count, base, mean, square, top, low, top_at, low_at, True)
-    store_norm_terms(grad, squares, dots, set_, chunk, chunks, c, width, count, base, mean)
+    store_summary(
+        merged, merged_counts, set_, c, width, count, base, mean, rest, square, top, low, top_at, low_at, True
+    )
+    store_norm_terms(grad, squares, dots, set_, chunk, chunks, c, width, count, base, mean, rest)
 
 
 @triton.jit
-def coefficients(grad, squares, dots, at, chunks, c, width, count, base, mean, square, BLOCK_K: tl.constexpr):
+def coefficients(grad, squares, dots, at, chunks, c, width, count, base, mean, rest, square, BLOCK_K: tl.constexpr):
     """dmean / k and g3 / (k std) of set ``at``; 0 where nothing counts."""
     inside = c < width
     k = tl.arange(0, BLOCK_K)
@@ -88,7 +92,7 @@ def coefficients(grad, squares, dots, at, chunks, c, width, count, base, mean, s
     g4 = tl.load(row + 4 * width, mask=inside, other=0.0).to(tl.float32)
     flat = norm2 <= VARIANCE_FLOOR
     safe = tl.where(flat, 1.0, norm2)
-    turned = (g4 - (base + mean) * (along / safe)) / tl.sqrt_rn(safe)
+    turned = (g4 - ((base + mean) + rest) * (along / safe)) / tl.sqrt_rn(safe)
     by_mean = g0 + tl.where(flat, g4 / FLOOR, turned)
     rows = tl.maximum(count, 1).to(tl.float32)
     variance = square / rows
@@ -136,14 +140,16 @@ def shared_gradients(
     begin = first + split * each
     end = tl.minimum(begin + each, stop)
     inside = c < width
-    count, base, mean, square, _, _, top_at, low_at = load_summary(merged, merged_counts, set_, c, width, True)
-    by_mean, by_std = coefficients(grad, squares, dots, set_, chunks, c, width, count, base, mean, square, BLOCK_K)
+    count, base, mean, rest, square, _, _, top_at, low_at = load_summary(merged, merged_counts, set_, c, width, True)
+    by_mean, by_std = coefficients(
+        grad, squares, dots, set_, chunks, c, width, count, base, mean, rest, square, BLOCK_K
+    )
     by_top = tl.load(grad + (set_ * 5 + 1) * width + c, mask=inside, other=0.0).to(tl.float32)
     by_low = tl.load(grad + (set_ * 5 + 2) * width + c, mask=inside, other=0.0).to(tl.float32)
     for start in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_R)
         x, keep = load_rows(local, valid, b, row, end, segments, slots, stride_b, stride_n, stride_m, c, width, VALID)
-        g = by_mean[None, :] + by_std[None, :] * ((x - base[None, :]) - mean[None, :])
+        g = by_mean[None, :] + by_std[None, :] * (((x - base[None, :]) - mean[None, :]) - rest[None, :])
         g += tl.where(row[:, None] == top_at[None, :], by_top[None, :], 0.0)
         g += tl.where(row[:, None] == low_at[None, :], by_low[None, :], 0.0)
         g = tl.where(keep[:, None], g, 0.0)
@@ -197,9 +203,9 @@ def causal_gradients(
             by_std_mean = tl.where(last, 0.0, by_std_mean)
             top = tl.where(last, -1, top)
             low = tl.where(last, -1, low)
-        count, base, mean, square, _, _, top_at, low_at = load_summary(parts, counts, at, c, width, True)
+        count, base, mean, rest, square, _, _, top_at, low_at = load_summary(parts, counts, at, c, width, True)
         more_mean, more_std = coefficients(
-            grad, squares, dots, at, chunks, c, width, count, base, mean, square, BLOCK_K
+            grad, squares, dots, at, chunks, c, width, count, base, mean, rest, square, BLOCK_K
         )
         by_mean += more_mean
         by_std += more_std

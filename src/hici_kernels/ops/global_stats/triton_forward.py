@@ -2,10 +2,13 @@
 
 A program owns BLOCK_H channels and walks over rows (slots of segments), keeping per channel a summary
 
-    base    the first row that counts: everything else is relative to it, so that a common offset costs no digits
-    mean    of (x - base), square = sum (x - base - mean)^2, top, low (and where they are, for the gradient)
+    base    the mean of the first tile, rounded: all else is relative to it, so that a common offset costs no digits
+    mean    of (x - base), and what its rounding has lost (rest); square = sum (x - base - mean - rest)^2; top, low (and
+            where they are, for the gradient)
 
-that tiles, splits and segments are merged into by the rule of Chan, Golub and LeVeque (1979), in a fixed order.
+and looks at every tile from the mean so far: where the first rows lie far from all others, as the first token of a text
+may, distances from base would cost the digits of the mean. Tiles, splits and segments are merged into it by the rule of
+Chan, Golub and LeVeque (1979), in a fixed order.
 
     shared_stats   one set per (batch, document), its rows cut into splits
     merge_stats    the splits of a set
@@ -40,12 +43,12 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def nothing(BLOCK_H: tl.constexpr):
-    """The summary of no rows: count, base, mean, square, top, low, top_at, low_at."""
+    """The summary of no rows: count, base, mean, rest, square, top, low, top_at, low_at."""
     zero = tl.zeros((BLOCK_H,), tl.float32)
     at = tl.zeros((BLOCK_H,), tl.int32)
     top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     low = tl.full((BLOCK_H,), float("inf"), tl.float32)
-    return tl.full((), 0, tl.int32), zero, zero, zero, top, low, at, at
+    return tl.full((), 0, tl.int32), zero, zero, zero, zero, top, low, at, at
 
 
 @triton.jit
@@ -53,6 +56,7 @@ def merge(
     count,
     base,
     mean,
+    rest,
     square,
     top,
     low,
@@ -61,6 +65,7 @@ def merge(
     count2,
     base2,
     mean2,
+    rest2,
     square2,
     top2,
     low2,
@@ -72,8 +77,15 @@ def merge(
     fresh = count == 0
     base = tl.where(fresh, base2, base)
     share = count2.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
-    gap = tl.where(count2 == 0, 0.0, (base2 - base) + (mean2 - mean))
-    mean = mean + gap * share
+    # base2 - base = apart + lost, exactly (Knuth): of two sets far from each other, the near one's digits are in `lost`
+    apart = base2 - base
+    back = base2 - apart
+    lost = (base2 - (apart + back)) + (back - base)
+    gap = tl.where(count2 == 0, 0.0, ((apart - mean) + mean2) + ((rest2 - rest) + lost))
+    more = rest + gap * share
+    moved = mean + more
+    rest = tl.where(fresh, rest2, more - (moved - mean))
+    mean = tl.where(fresh, mean2, moved)
     square = square + square2 + gap * gap * (count.to(tl.float32) * share)
     higher = (top2 > top) | ((top2 != top2) & (top == top))
     lower = (low2 < low) | ((low2 != low2) & (low == low))
@@ -81,19 +93,19 @@ def merge(
     low_at = tl.where(fresh, low_at2, tl.where(lower, low_at2, low_at))
     top = tl.where(higher, top2, top)
     low = tl.where(lower, low2, low)
-    return total, base, mean, square, top, low, top_at, low_at
+    return total, base, mean, rest, square, top, low, top_at, low_at
 
 
 @triton.jit
-def add_rows(x, keep, row, count, base, mean, square, top, low, top_at, low_at, INDICES: tl.constexpr):
+def add_rows(x, keep, row, count, base, mean, rest, square, top, low, top_at, low_at, INDICES: tl.constexpr):
     """A summary and a tile of rows x [BLOCK_R, BLOCK_H] float32 of which ``keep`` [BLOCK_R] count; ``row``: numbers."""
     far = 2147483647
     count2 = tl.sum(keep.to(tl.int32), 0)
     here = keep[:, None]
-    first = tl.min(tl.where(keep, row, far), 0)
-    base2 = tl.where(count == 0, tl.sum(tl.where((row == first)[:, None], x, 0.0), 0), base)
+    rows2 = tl.maximum(count2, 1).to(tl.float32)
+    base2 = tl.where(count == 0, tl.sum(tl.where(here, x, 0.0), 0) / rows2, base + mean)
     moved = tl.where(here, x - base2[None, :], 0.0)
-    mean2 = tl.sum(moved, 0) / tl.maximum(count2, 1).to(tl.float32)
+    mean2 = tl.sum(moved, 0) / rows2
     spread = tl.where(here, moved - mean2[None, :], 0.0)
     bad = here & (x != x)
     good = here & (x == x)
@@ -111,6 +123,7 @@ def add_rows(x, keep, row, count, base, mean, square, top, low, top_at, low_at, 
         count,
         base,
         mean,
+        rest,
         square,
         top,
         low,
@@ -119,6 +132,7 @@ def add_rows(x, keep, row, count, base, mean, square, top, low, top_at, low_at, 
         count2,
         base2,
         mean2,
+        tl.zeros(mean2.shape, tl.float32),
         tl.sum(spread * spread, 0),
         top2,
         low2,
@@ -156,11 +170,11 @@ def document_rows(cu, document, segments, slots, PACKED: tl.constexpr):
 
 @triton.jit
 def store_stats(
-    out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, square, top, low, BLOCK_H: tl.constexpr
+    out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, rest, square, top, low, BLOCK_H: tl.constexpr
 ):
     """Rows 0 to 3 of set ``at``, base, mean and square of it, and this block's part of ||mean||^2."""
     inside = c < width
-    absolute = tl.where(count == 0, 0.0, base + mean)
+    absolute = tl.where(count == 0, 0.0, (base + mean) + rest)
     variance = square / tl.maximum(count, 1).to(tl.float32)
     flat = variance <= VARIANCE_FLOOR
     std = tl.where(flat, FLOOR, tl.sqrt_rn(tl.where(flat, 1.0, variance)))
@@ -176,37 +190,39 @@ def store_stats(
 
 @triton.jit
 def store_summary(
-    parts, counts, at, c, width, count, base, mean, square, top, low, top_at, low_at, INDICES: tl.constexpr
+    parts, counts, at, c, width, count, base, mean, rest, square, top, low, top_at, low_at, INDICES: tl.constexpr
 ):
-    """Summary number ``at``: parts float32 [.., 7, H] (indices as bits), counts int32 [..]."""
+    """Summary number ``at``: parts float32 [.., 8, H] (indices as bits), counts int32 [..]."""
     inside = c < width
-    row = parts + at * 7 * width + c
+    row = parts + at * 8 * width + c
     tl.store(row, base, mask=inside)
     tl.store(row + width, mean, mask=inside)
-    tl.store(row + 2 * width, square, mask=inside)
-    tl.store(row + 3 * width, top, mask=inside)
-    tl.store(row + 4 * width, low, mask=inside)
+    tl.store(row + 2 * width, rest, mask=inside)
+    tl.store(row + 3 * width, square, mask=inside)
+    tl.store(row + 4 * width, top, mask=inside)
+    tl.store(row + 5 * width, low, mask=inside)
     if INDICES:
-        tl.store(row + 5 * width, top_at.to(tl.float32, bitcast=True), mask=inside)
-        tl.store(row + 6 * width, low_at.to(tl.float32, bitcast=True), mask=inside)
+        tl.store(row + 6 * width, top_at.to(tl.float32, bitcast=True), mask=inside)
+        tl.store(row + 7 * width, low_at.to(tl.float32, bitcast=True), mask=inside)
     tl.store(counts + at, count)
 
 
 @triton.jit
 def load_summary(parts, counts, at, c, width, INDICES: tl.constexpr):
     inside = c < width
-    row = parts + at * 7 * width + c
+    row = parts + at * 8 * width + c
     base = tl.load(row, mask=inside, other=0.0)
     mean = tl.load(row + width, mask=inside, other=0.0)
-    square = tl.load(row + 2 * width, mask=inside, other=0.0)
-    top = tl.load(row + 3 * width, mask=inside, other=0.0)
-    low = tl.load(row + 4 * width, mask=inside, other=0.0)
+    rest = tl.load(row + 2 * width, mask=inside, other=0.0)
+    square = tl.load(row + 3 * width, mask=inside, other=0.0)
+    top = tl.load(row + 4 * width, mask=inside, other=0.0)
+    low = tl.load(row + 5 * width, mask=inside, other=0.0)
     top_at = tl.zeros(c.shape, tl.int32)
     low_at = tl.zeros(c.shape, tl.int32)
     if INDICES:
-        top_at = tl.load(row + 5 * width, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-        low_at = tl.load(row + 6 * width, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    return tl.load(counts + at), base, mean, square, top, low, top_at, low_at
+        top_at = tl.load(row + 6 * width, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+        low_at = tl.load(row + 7 * width, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    return tl.load(counts + at), base, mean, rest, square, top, low, top_at, low_at
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -247,18 +263,20 @@ def shared_stats(
     begin = first + split * each
     end = tl.minimum(begin + each, stop)
     c = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    count, base, mean, square, top, low, top_at, low_at = nothing(BLOCK_H)
+    count, base, mean, rest, square, top, low, top_at, low_at = nothing(BLOCK_H)
     for start in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_R)
         x, keep = load_rows(local, valid, b, row, end, segments, slots, stride_b, stride_n, stride_m, c, width, VALID)
-        count, base, mean, square, top, low, top_at, low_at = add_rows(
-            x, keep, row, count, base, mean, square, top, low, top_at, low_at, INDICES
+        count, base, mean, rest, square, top, low, top_at, low_at = add_rows(
+            x, keep, row, count, base, mean, rest, square, top, low, top_at, low_at, INDICES
         )
     at = set_.to(tl.int64) * splits + split
     if FINAL:
-        store_stats(out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, square, top, low, BLOCK_H)
+        store_stats(
+            out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, rest, square, top, low, BLOCK_H
+        )
     else:
-        store_summary(parts, counts, at, c, width, count, base, mean, square, top, low, top_at, low_at, INDICES)
+        store_summary(parts, counts, at, c, width, count, base, mean, rest, square, top, low, top_at, low_at, INDICES)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -277,15 +295,16 @@ def merge_stats(
     chunk = tl.program_id(0) % chunks
     set_ = (tl.program_id(0) // chunks).to(tl.int64)
     c = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    count, base, mean, square, top, low, top_at, low_at = nothing(BLOCK_H)
+    count, base, mean, rest, square, top, low, top_at, low_at = nothing(BLOCK_H)
     for i in range(0, splits):
-        count2, base2, mean2, square2, top2, low2, top_at2, low_at2 = load_summary(
+        count2, base2, mean2, rest2, square2, top2, low2, top_at2, low_at2 = load_summary(
             parts, counts, set_ * splits + i, c, width, False
         )
-        count, base, mean, square, top, low, top_at, low_at = merge(
+        count, base, mean, rest, square, top, low, top_at, low_at = merge(
             count,
             base,
             mean,
+            rest,
             square,
             top,
             low,
@@ -294,13 +313,16 @@ def merge_stats(
             count2,
             base2,
             mean2,
+            rest2,
             square2,
             top2,
             low2,
             top_at2,
             low_at2,
         )
-    store_stats(out, scratch, squares, set_, chunk, chunks, c, width, count, base, mean, square, top, low, BLOCK_H)
+    store_stats(
+        out, scratch, squares, set_, chunk, chunks, c, width, count, base, mean, rest, square, top, low, BLOCK_H
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -345,9 +367,9 @@ def causal_stats(
     b = pid // (chunks * pieces)
     each = tl.cdiv(segments, pieces)
     c = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    count, base, mean, square, top, low, top_at, low_at = nothing(BLOCK_H)
+    count, base, mean, rest, square, top, low, top_at, low_at = nothing(BLOCK_H)
     if CARRY:
-        count, base, mean, square, top, low, top_at, low_at = load_summary(
+        count, base, mean, rest, square, top, low, top_at, low_at = load_summary(
             carry, carry_counts, b.to(tl.int64) * pieces + piece, c, width, INDICES
         )
     for i in range(piece * each, tl.minimum(piece * each + each, segments)):
@@ -356,6 +378,7 @@ def causal_stats(
             restart = tl.load(starts + i) == i
             count = tl.where(restart, 0, count)
             mean = tl.where(restart, 0.0, mean)
+            rest = tl.where(restart, 0.0, rest)
             square = tl.where(restart, 0.0, square)
             top = tl.where(restart, float("-inf"), top)
             low = tl.where(restart, float("inf"), low)
@@ -376,27 +399,27 @@ def causal_stats(
                 width,
                 VALID,
             )
-            count, base, mean, square, top, low, top_at, low_at = add_rows(
-                x, keep, row, count, base, mean, square, top, low, top_at, low_at, INDICES
+            count, base, mean, rest, square, top, low, top_at, low_at = add_rows(
+                x, keep, row, count, base, mean, rest, square, top, low, top_at, low_at, INDICES
             )
         at = b.to(tl.int64) * segments + i
         if EMIT == "stats":
             store_stats(
-                out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, square, top, low, BLOCK_H
+                out, scratch, squares, at, chunk, chunks, c, width, count, base, mean, rest, square, top, low, BLOCK_H
             )
         if EMIT == "gradient":
-            store_summary(parts, counts, at, c, width, count, base, mean, square, top, low, top_at, low_at, True)
-            store_norm_terms(grad, squares, dots, at, chunk, chunks, c, width, count, base, mean)
+            store_summary(parts, counts, at, c, width, count, base, mean, rest, square, top, low, top_at, low_at, True)
+            store_norm_terms(grad, squares, dots, at, chunk, chunks, c, width, count, base, mean, rest)
     if EMIT == "piece":
         at = b.to(tl.int64) * pieces + piece
-        store_summary(parts, counts, at, c, width, count, base, mean, square, top, low, top_at, low_at, INDICES)
+        store_summary(parts, counts, at, c, width, count, base, mean, rest, square, top, low, top_at, low_at, INDICES)
 
 
 @triton.jit
-def store_norm_terms(grad, squares, dots, at, chunk, chunks, c, width, count, base, mean):
+def store_norm_terms(grad, squares, dots, at, chunk, chunks, c, width, count, base, mean, rest):
     """This block's part of ||mean||^2 and of (gradient of row 4) . mean."""
     inside = c < width
-    absolute = tl.where(inside, tl.where(count == 0, 0.0, base + mean), 0.0)
+    absolute = tl.where(inside, tl.where(count == 0, 0.0, (base + mean) + rest), 0.0)
     g = tl.load(grad + (at * 5 + 4) * width + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(squares + at * chunks + chunk, tl.sum(absolute * absolute, 0))
     tl.store(dots + at * chunks + chunk, tl.sum(absolute * g, 0))
@@ -422,23 +445,29 @@ def carry_stats(
     b = (tl.program_id(0) // chunks).to(tl.int64)
     each = tl.cdiv(segments, pieces)
     c = chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    count, base, mean, square, top, low, top_at, low_at = nothing(BLOCK_H)
+    count, base, mean, rest, square, top, low, top_at, low_at = nothing(BLOCK_H)
     for i in range(0, pieces):
         at = b * pieces + i
-        store_summary(carry, carry_counts, at, c, width, count, base, mean, square, top, low, top_at, low_at, INDICES)
+        store_summary(
+            carry, carry_counts, at, c, width, count, base, mean, rest, square, top, low, top_at, low_at, INDICES
+        )
         if PACKED:
             last = tl.minimum(i * each + each, segments) - 1
             restart = tl.load(starts + tl.maximum(last, 0)) >= i * each
             count = tl.where(restart, 0, count)
             mean = tl.where(restart, 0.0, mean)
+            rest = tl.where(restart, 0.0, rest)
             square = tl.where(restart, 0.0, square)
             top = tl.where(restart, float("-inf"), top)
             low = tl.where(restart, float("inf"), low)
-        count2, base2, mean2, square2, top2, low2, top_at2, low_at2 = load_summary(parts, counts, at, c, width, INDICES)
-        count, base, mean, square, top, low, top_at, low_at = merge(
+        count2, base2, mean2, rest2, square2, top2, low2, top_at2, low_at2 = load_summary(
+            parts, counts, at, c, width, INDICES
+        )
+        count, base, mean, rest, square, top, low, top_at, low_at = merge(
             count,
             base,
             mean,
+            rest,
             square,
             top,
             low,
@@ -447,6 +476,7 @@ def carry_stats(
             count2,
             base2,
             mean2,
+            rest2,
             square2,
             top2,
             low2,
