@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,35 @@ def test_a_report_is_a_cache_of_what_compiled(tmp_path: Path) -> None:
         "a": {"registers": 3, "spill_bytes": 0, "shared_bytes": 1, "shared_limit": 2}
     }
     assert run.cached(tmp_path / "none.json") == {}
+
+
+def test_an_interrupted_run_keeps_what_it_has_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = {"registers": 3, "spill_bytes": 0, "shared_bytes": 1, "shared_limit": 2}
+    records = [{"key": k, "kernel": "k", "arch": "sm_90", "tables": []} for k in "abcd"]
+    report = tmp_path / "report.json"
+    run.write(report, [records[0] | fits, {"key": "past", "kernel": "k"} | fits], "3.9.0")
+
+    def three_then_stop(plan: list, jobs: int) -> Iterator[dict]:
+        assert plan == ["b", "c", "d"]
+        yield fits
+        assert run.cached(report).keys() == {"a", "past"}  # not after every kernel
+        monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+        yield {"error": "no"}
+        assert run.cached(report).keys() == {"a", "b", "past"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "require_compiler", lambda: None)
+    monkeypatch.setattr(run, "tasks", lambda one: "abcd")
+    monkeypatch.setattr(run, "distinct", lambda plan, version: (list(plan), [dict(r) for r in records]))
+    monkeypatch.setattr(run, "_compile_all", three_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(report, 1, False, True)
+    rows = {r["key"]: r for r in json.loads(report.read_text(encoding="utf-8"))["kernels"]}
+    assert rows.keys() == {"a", "b", "c", "past"} and rows["b"]["verdict"] == "ok" and "no" in rows["c"]["verdict"]
+    # the next run goes on from there, and leaves nothing of the past
+    monkeypatch.setattr(run, "_compile_all", lambda plan, jobs: iter([fits] * len(plan)))
+    run.run(report, 1, True, True)
+    assert run.cached(report).keys() == set("abcd")
 
 
 def test_what_the_report_proves_is_not_compiled_again(tmp_path: Path) -> None:

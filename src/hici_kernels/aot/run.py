@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from .compile import compile_one, key_of, name_of, options_of
 from .plan import Task, signature_of, tasks, with_signatures
 
 EXCEPTIONS = Path(__file__).with_name("exceptions.json")
+# Hours of compilation are written down this often.
+SAVE_SECONDS = 30.0
 
 
 def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -> int:
@@ -35,11 +39,17 @@ def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -
     plan, records = distinct(plan, triton.__version__)
     missing = [i for i, r in enumerate(records) if r["key"] not in before]
     compiled: dict[int, dict[str, Any]] = {}
-    if missing:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = pool.map(_compile_task, [plan[i] for i in missing])
-            steps = track(results, "compiling", len(missing), console=Console(stderr=True), transient=True)
-            compiled = dict(zip(missing, steps, strict=True))
+    try:
+        saved = time.monotonic()
+        for i, result in zip(missing, _compile_all([plan[i] for i in missing], jobs), strict=True):
+            compiled[i] = result
+            if report is not None and time.monotonic() - saved > SAVE_SECONDS:
+                save(report, [records[k] | r for k, r in compiled.items()], triton.__version__)
+                saved = time.monotonic()
+    except BaseException:
+        if report is not None and compiled:
+            save(report, [records[k] | r for k, r in compiled.items()], triton.__version__)
+        raise
     exceptions = json.loads(EXCEPTIONS.read_text(encoding="utf-8"))
     for i, record in enumerate(records):
         record |= compiled[i] if i in compiled else before[record["key"]]
@@ -62,6 +72,18 @@ def require_compiler() -> None:
         raise ValueError("ahead-of-time compilation needs triton: pip install triton") from error
     if triton.knobs.runtime.interpret:
         raise ValueError("ahead-of-time compilation needs TRITON_INTERPRET unset: the interpreter compiles nothing")
+
+
+def _compile_all(plan: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
+    """Results in the order of the plan."""
+    if not plan:
+        return
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        results = pool.map(_compile_task, plan)
+        yield from track(results, "compiling", len(plan), console=Console(stderr=True), transient=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile_task(task: Task) -> dict[str, Any]:
@@ -182,6 +204,15 @@ def show(console: Console, records: list[dict[str, Any]], compiled: int) -> None
         if r["verdict"] == "listed exception":
             console.print(f"listed exception: {title(r)}: {r['spill_bytes']} bytes spilled", markup=False)
     console.print(f"{len(records)} kernels, {compiled} compiled now, {len(records) - compiled} taken from the report")
+
+
+def save(path: Path, records: list[dict[str, Any]], version: str) -> None:
+    """What has been compiled so far, beside what the report has held: the next run takes it over and goes on."""
+    new = {r["key"] for r in records}
+    old = json.loads(path.read_text(encoding="utf-8"))["kernels"] if path.is_file() else []
+    exceptions = json.loads(EXCEPTIONS.read_text(encoding="utf-8"))
+    judged = [r | {"verdict": verdict(r, exceptions)} for r in records]
+    write(path, [r for r in old if r["key"] not in new] + judged, version)
 
 
 def write(path: Path, records: list[dict[str, Any]], version: str) -> None:
