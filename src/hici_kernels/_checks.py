@@ -175,7 +175,7 @@ def row_indices(name: str, value: Any, batch: int) -> list[int]:
         if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a 1-D integer tensor, got {value.dtype} {tuple(value.shape)}")
         value = value.tolist()
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be a tensor or a sequence of int, got {type(value).__name__}")
     for b in value:
         integer(name, b, 0, batch - 1)

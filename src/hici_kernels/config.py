@@ -131,7 +131,7 @@ class HiCIConfig(_Config):
         if self.integrator_width % self.integrator_num_heads:
             raise ValueError(
                 f"the integrator's width (compress_dim, or shared_compress_dim if larger) must be a multiple of "
-                f" integrator_heads {self.integrator_num_heads}, got {self.integrator_width}"
+                f"integrator_heads {self.integrator_num_heads}, got {self.integrator_width}"
             )
         if self.segment_len is not None and self.recurrence_len > self.segment_len:
             raise ValueError(

@@ -42,8 +42,8 @@ def spans(length: int, segment_len: int | None, cu_seqlens: Tensor | None) -> li
 
 def cu_segments(cu_seqlens: Tensor, segment_len: int) -> Tensor:
     """int32 [docs+1]: segments before each document, by tensor operations alone."""
-    lengths = cu_seqlens.diff()
-    per_document = torch.div(lengths + segment_len - 1, segment_len, rounding_mode="floor")
+    # int64, and rounded up without a sum: segment_len may be as large as an integer can be
+    per_document = -torch.div(-cu_seqlens.diff().long(), segment_len, rounding_mode="floor")
     return torch.nn.functional.pad(per_document.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -57,5 +57,5 @@ def document_of(offsets: Tensor, total: int) -> Tensor:
 def segment_of(cu_seqlens: Tensor, segment_len: int, total: int) -> Tensor:
     """int64 [total]: segment number of every column of packed documents."""
     document = document_of(cu_seqlens, total)
-    inside = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[document]
+    inside = torch.arange(total, device=cu_seqlens.device) - cu_seqlens.long()[document]
     return cu_segments(cu_seqlens, segment_len)[document] + torch.div(inside, segment_len, rounding_mode="floor")

@@ -60,6 +60,22 @@ def test_a_loaded_store_goes_on_with_the_same_bits(routing: str, cold, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["prompt"]
 
 
+@pytest.mark.parametrize("routing", ["strict", "prefix"])
+def test_a_store_saved_before_its_first_call_is_as_a_new_one(routing: str, tmp_path) -> None:
+    def use(target: KVStore) -> list[torch.Tensor]:
+        outs = [target.attend(0, *tensors(90, b=1))]
+        target.rewind(14)
+        return [*outs, target.attend(0, *tensors(30, b=1, seed=2))]
+
+    _, k, _ = tensors(1, b=1)
+    fresh = store(small(routing=routing), k)
+    fresh.save(tmp_path / "prompt")
+    for kind in kinds(tmp_path):
+        with KVStore.load(tmp_path / "prompt", device="cpu", **kind) as loaded:
+            for x, y in zip(use(loaded), use(store(small(routing=routing), k)), strict=True):
+                assert torch.equal(x, y)
+
+
 def test_saving_again_replaces_the_whole_file_and_an_empty_store_is_one_too(tmp_path) -> None:
     path = tmp_path / "prompt"
     _, k, _ = tensors(4, b=3)

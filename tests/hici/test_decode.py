@@ -384,6 +384,52 @@ def test_gradients_of_cached_calls(decode, masked):
 
 
 @pytest.mark.parametrize("decode", RULES)
+@pytest.mark.parametrize("cut", ["index", "token"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prefill_has_the_gradients_of_a_call_without_cache(decode, cut, masked):
+    """Also between its segments; what it leaves in the cache is what any other prefill leaves."""
+    layer, _ = build(config(decode, cut=cut))
+    hidden, later = torch.randn(2, 2, 15, HIDDEN, dtype=torch.float64)
+    mask = random_mask(random.Random(4), 2, 15, "holes") if masked else None
+    found = []
+    for cache in (None, layer.new_cache(2)):
+        layer.zero_grad()
+        x = hidden.clone().requires_grad_()
+        out = layer(x, attention_mask=mask, cache=cache)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+    _, plain = read(layer, hidden, [15], mask)
+    for slot_only in (layer.local_constructor, layer.global_integrator):  # frozen hosts, as with adapters
+        assert any(p.grad.any() for p in slot_only.parameters())
+    close(read(layer, later, [2, 7], cache=cache)[0], read(layer, later, [2, 7], cache=plain)[0])
+
+
+def test_slots_alone_are_reason_enough_for_gradients():
+    layer, _ = build(config())
+    layer.requires_grad_(False)
+    layer.local_constructor.requires_grad_(True)
+    hidden = torch.randn(1, 9, HIDDEN, dtype=torch.float64)
+    layer(hidden, cache=layer.new_cache(1)).sum().backward()
+    assert all(p.grad.any() for p in layer.local_constructor.parameters())
+
+
+@pytest.mark.parametrize("decode", RULES)
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_another_dtype_than_that_of_the_cache_changes_nothing(decode, first):
+    layer, _ = build(config(decode))
+    hidden, cache = torch.randn(2, 6, HIDDEN, dtype=torch.float64), layer.new_cache(2)
+    read(layer.to(first), hidden.to(first), [5], cache=cache)
+    before = picture(cache)
+    other = torch.float64 if first == torch.float32 else torch.float32
+    with pytest.raises(TypeError, match="cache holds"):
+        read(layer.to(other), hidden.to(other), [6], cache=cache)
+    for name, x in picture(cache).items():
+        assert torch.equal(x, before[name]) if isinstance(x, torch.Tensor) else x == before[name]
+
+
+@pytest.mark.parametrize("decode", RULES)
 @pytest.mark.parametrize(
     "wanted", ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_norm.weight"]
 )

@@ -230,3 +230,21 @@ def test_autocast():
         close(out.detach(), plain.detach(), 0.15)
         out.float().sum().backward()
         assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [12, 2**31 - 1, 2**31, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_segments_longer_than_anything_are_one_segment(length, packed, masked):
+    """And cost nothing by their length."""
+    options = {"num_local_slots": 2, "global_slots": 2, "num_heads": 2, "bottleneck_dim": 4, "shared_compress_dim": 2}
+    x = torch.randn(1, 11, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    given = {"cu_seqlens": torch.tensor([0, 5, 5, 11], dtype=torch.int32)} if packed else {}
+    if masked:
+        given["attention_mask"] = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1]])
+    outs = [
+        build(HiCIConfig(**options, segment_len=n, recurrence_len=2, empty=empty))[0](x, **given)
+        for n in (11, length)
+        for empty in ("skip", "zero")
+    ]
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])

@@ -11,10 +11,19 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers as hf
-from tiny_models import ALL, FAMILIES, FEW, left_padded, prompt, tiny, worst
+from tiny_models import ALL, FAMILIES, FEW, hici_config, left_padded, prompt, randomise_slots, tiny, worst
 
 from hici_kernels import HGAConfig, ImplError, KVStore, _native
-from hici_kernels.integrations import HGACache, apply_hga, restore
+from hici_kernels.integrations import (
+    DCAConfig,
+    HGACache,
+    apply_dca,
+    apply_hga,
+    apply_hici,
+    apply_rope_scaling,
+    apply_shifted,
+    restore,
+)
 from hici_kernels.integrations.masks import CROP_KEEPS
 from hici_kernels.kv.options import check_options
 from hici_kernels.nn import HGAAttention
@@ -265,6 +274,40 @@ def test_a_copied_cache_is_independent(tier):
         first = model(more, past_key_values=cache).logits
         assert other.get_seq_length() == 40 and cache.get_seq_length() == 45
         assert torch.equal(model(more, past_key_values=other).logits, first)
+
+
+def test_a_cache_of_8_bit_pages_can_be_copied():
+    model, ids = apply_hga(tiny(), FEW, store="host", cold_dtype=torch.int8), prompt()
+    with torch.no_grad():
+        cache = HGACache(model)
+        model(ids, past_key_values=cache)
+        other = copy.deepcopy(cache)
+        assert other.store.cold_dtype == torch.int8
+        assert torch.equal(model(ids, past_key_values=other).logits, model(ids, past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: apply_hga(m, FEW),
+        lambda m: randomise_slots(apply_hici(m, hici_config())),
+        lambda m: apply_shifted(m, 8).train(),
+        lambda m: apply_dca(m, DCAConfig(chunk_len=8, local_len=4)),
+        lambda m: apply_rope_scaling(m, "linear", 2.0),
+    ],
+    ids=["hga", "hici", "shifted", "dca", "rope"],
+)
+def test_a_model_of_the_same_config_object_stays_as_it_is(change):
+    model, ids = tiny(), prompt()
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    plain, config = other(ids).logits, copy.deepcopy(other.config.to_dict())
+    change(model)
+    assert torch.equal(other(ids).logits, plain) and other.config.to_dict() == config
+    assert all(m.config is model.config for m in model.modules() if "config" in vars(m))
+    assert not torch.equal(model(ids).logits, plain)
+    restore(model)
+    assert torch.equal(model.eval()(ids).logits, plain) and model.config.to_dict() == config
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -118,6 +118,7 @@ def apply_dca(
         if is_sliding(attention_module):
             raise ValueError("dual chunk attention needs full attention in every layer")
     rope = rope_of(host, host.attentions[0])
+    host.own_config(model)
     register(NAME, dca_forward)
     note = Note("apply_dca", host.set_attention(NAME))
     for attention_module in host.attentions:

@@ -101,6 +101,7 @@ def apply_hga(
     if store == "disk":
         _check_bank(config, kv_heads, head_dim, **store_options)
     settings = HGASettings(config, rope, len(served), kv_heads, head_dim, store, dict(store_options), impl)
+    host.own_config(model)
     register(NAME, hga_forward)
     note = Note("apply_hga", host.set_attention(NAME), config_fields=("hga",))
     for index, attention in enumerate(served):

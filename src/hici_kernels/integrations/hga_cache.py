@@ -85,6 +85,7 @@ class HGAHistory:
         made.columns, made._mask = copy.deepcopy(self.columns, memo), copy.deepcopy(self._mask, memo)
         if self.store is not None:
             options = dict(self.settings.options)
+            options.pop("cold_dtype", None)  # the file says it
             if "path" in options:
                 options["directory"] = options.pop("path")
             with tempfile.TemporaryDirectory(dir=options.get("directory")) as folder:

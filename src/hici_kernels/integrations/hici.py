@@ -116,6 +116,7 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
         made.append((constructor.to(dtype), integrator.to(dtype)))
         if embedding.device.type != "meta" and embedding.shape[0] >= config.global_slots:
             integrator.init_queries(embedding.to(integrator.global_queries.device))
+    host.own_config(model)
     register(NAME, hici_forward)
     before = host.model.config.__class__
     changed = hici_config_class(before)

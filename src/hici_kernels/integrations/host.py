@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..rope import Rope
 
@@ -62,6 +63,13 @@ class Host:
         if not type(self.decoder)._can_set_attn_implementation():
             raise ValueError(f"{type(self.decoder).__name__} does not use the attention interface of transformers")
 
+    def own_config(self, model: nn.Module) -> None:
+        """Give ``model``, of which this is the host, a configuration of its own: several may be made from one."""
+        copies: dict[int, Any] = {}
+        for module in model.modules():
+            if isinstance(vars(module).get("config"), PreTrainedConfig):
+                vars(module)["config"] = copy.deepcopy(vars(module)["config"], copies)
+
     def set_attention(self, name: str) -> str:
         """Make ``name`` the decoder's attention implementation and return the former one."""
         self.check_interface()
@@ -86,6 +94,8 @@ class Note:
 
 def restore(model: nn.Module) -> nn.Module:
     """Take back everything that apply_hici, apply_hga and the baselines changed: the model is what it was, bit for bit.
+
+    Its configuration stays a copy of its own, equal to the former one, which other models may share.
 
     Slots added by :func:`apply_hici` are dropped (save them first, :func:`save_hici`). A model that was not changed is
     returned as it is.

@@ -46,6 +46,8 @@ def apply_rope_scaling(model: nn.Module, kind: str, factor: float, **parameters:
     scaled = {**before, **parameters, "rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
         scaled.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    host.own_config(model)
+    config = host.decoder.config
     rotary: Any = host.decoder.rotary_emb
     config.rope_parameters = scaled
     try:

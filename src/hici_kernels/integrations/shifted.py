@@ -56,6 +56,7 @@ def apply_shifted(model: nn.Module, group_len: int, *, impl: str | None = None) 
         check_servable(module, "shifted short attention")
         if is_sliding(module):
             raise ValueError("shifted short attention needs full attention in every layer")
+    host.own_config(model)
     register(NAME, shifted_forward)
     note = Note("apply_shifted", host.set_attention(NAME))
     for module in host.attentions:

@@ -96,6 +96,8 @@ class Saved:
 
     def restore(self, store: KVStore) -> None:
         """Fill an empty store made with :attr:`arguments`."""
+        if store.config.routing == "prefix" and not self.index["query_heads"]:
+            return  # nothing was attended: pages also hold queries, whose number the first call will tell
         engine = store._build(self.index["query_heads"])
         c, first = store.config.chunk_size, store.config.keep_first
         for number, rows in enumerate(self.index["rows"]):

@@ -351,8 +351,8 @@ class Engine:
             state.last_pages = found.number if b == 1 else found.number.unique()
             return self._attend_lists(found, q, place)
         copied = 0 if like else sum(recent[n].nbytes for n in "kv")
-        if not self.meter.fits("device", copied):
-            return None
+        # another way to attend would have other bits
+        self.meter.require("device", copied, f"a call of {t} tokens")
         r, last, left = hq // layout.kv_heads, int(place.max()), self.meter.left("host")
         allowed = in_place.MASK_BYTES if left is None else max(left, in_place.SMALL_BYTES)
         room = min(allowed, in_place.MASK_BYTES)

@@ -381,7 +381,10 @@ class KVStore:
             return found
 
     def close(self) -> None:
-        """Free all memory and disk space. Closing twice is fine; any other call on a closed store raises ValueError."""
+        """Free all memory and disk space. Closing twice is fine.
+
+        A closed store has ``lengths`` 0 and ``stats()`` with its peaks; any other call raises ValueError.
+        """
         if os.getpid() != self._owner and self.tier == "disk":
             return  # a fork: the parent's
         with self._lock:

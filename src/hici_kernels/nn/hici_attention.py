@@ -80,7 +80,8 @@ class HiCIAttention(SlotAttention, AttentionLayer):
             attention_mask: [B, S] over the tokens of this call, nonzero = token; masked tokens give 0.
             cu_seqlens: int32 [docs+1], B == 1, packed documents; needs config.segment_len; not with a cache.
             cache: of :meth:`new_cache`; on an empty one the call is a prefill, on any other it is decode. History is
-                constant: gradients reach the tokens of this call only.
+                constant: gradients reach the tokens of this call only, and with decode="segment" on a cache that is not
+                empty, those of the same segment. TypeError where it holds another dtype than this call's keys.
             total_segments: number of segments over all documents; needed where cu_seqlens cannot be read for free.
 
         Raises:

@@ -95,6 +95,20 @@ class HiCICache(ABC):
                 f"cache was filled by another layer: hidden_size, num_kv_heads, head_dim must be {wanted}, got {held}"
             )
 
+    def check_keys(self, k: Tensor) -> None:
+        """Whether keys like ``k`` can be kept beside those held."""
+        held = self._keys()
+        if held is not None and held.dtype != k.dtype:
+            raise TypeError(
+                f"cache holds {held.dtype}, expected {k.dtype} like this call's keys (is autocast the same?)"
+            )
+        if held is not None and held.device != k.device:
+            raise ValueError(f"cache is on {held.device}, expected {k.device} like hidden")
+
+    @abstractmethod
+    def _keys(self) -> Tensor | None:
+        """The buffer of keys, if there is one."""
+
     @abstractmethod
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         """hidden_size, num_kv_heads, head_dim of the buffers, as far as they exist."""
@@ -223,6 +237,9 @@ class TokenCache(HiCICache):
         self._used += columns
         self._holes = self._holes or mask is not None
 
+    def _keys(self) -> Tensor | None:
+        return self._k
+
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         return (None, None, None) if self._k is None else (None, *self._k.shape[2:])
 
@@ -338,6 +355,14 @@ class SegmentCache(HiCICache):
         self.mean, self.squares, self.largest, self.smallest = (
             torch.zeros(b, h, dtype=statistics, device=device) for _ in range(4)
         )
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been entered since the beginning or a reset, masked columns included."""
+        return not bool(self.filled.any() or self.has_history.any())
+
+    def _keys(self) -> Tensor | None:
+        return self.k if self.allocated else None
 
     def _sizes(self) -> tuple[int | None, int | None, int | None]:
         return (self.hidden.shape[2], *self.k.shape[2:]) if self.allocated else (None, None, None)

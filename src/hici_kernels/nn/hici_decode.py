@@ -37,21 +37,37 @@ def extend(
     v: Tensor,
     mask: Tensor | None,
     output: Callable[[Tensor], Tensor],
+    whole: Tensor | None = None,
 ) -> Tensor:
-    """Append tokens to every row; ``output`` of their contexts. After an exception the cache is as before."""
+    """Append tokens to every row; ``output`` of their contexts [B, T, Hq D]. After an exception the cache is as before.
+
+    whole: the contexts [B, T, Hq, D], where they are known already.
+    """
     assert layer.config.segment_len is not None
     saved = cache.snapshot(bool((cache.filled + hidden.shape[1] >= layer.config.segment_len).any()))
     try:
-        return output(_extend(layer, cache, hidden, q, k, v, mask))
+        if whole is None:
+            return output(_extend(layer, cache, hidden, q, k, v, mask))
+        with torch.no_grad():
+            _extend(layer, cache, hidden, q, k, v, mask, attend=False)
+        return output(whole.flatten(-2))
     except BaseException:
         cache.restore(saved)
         raise
 
 
 def _extend(
-    layer: SlotAttention, cache: SegmentCache, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    layer: SlotAttention,
+    cache: SegmentCache,
+    hidden: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    attend: bool = True,
 ) -> Tensor:
-    """Append tokens to every row and return their contexts [B, T, Hq D].
+    """Append tokens to every row and return their contexts [B, T, Hq D]; zeros unless ``attend``.
 
     A call is worked off in rounds: each row fills its own open segment, at most to its end, so that rows of different
     phase need no more rounds than segments they touch. A segment that is full is closed: its slots are built, counted
@@ -88,15 +104,17 @@ def _extend(
             at, used = None, None
             columns = slice(int(done[0]), int(done[0] + take[0]))
             piece = _Call(*(None if x is None else x[:, columns] for x in call))  # type: ignore[arg-type]
-            context[:, columns] = _attend(layer, cache, piece, piece.mask)
+            if attend:
+                context[:, columns] = _attend(layer, cache, piece, piece.mask)
         else:
             steps = torch.arange(int(take.max()))
             used = (steps < take[:, None]).to(hidden.device)
             at = torch.minimum(done[:, None] + steps, torch.tensor(t - 1)).to(hidden.device)
             piece = _Call(*(None if x is None else _take(x, at) for x in call))  # type: ignore[arg-type]
-            part = _attend(layer, cache, piece, used if piece.mask is None else used & piece.mask)
-            rows = torch.arange(b, device=at.device)[:, None].expand_as(at)
-            context = context.index_put((rows[used], at[used]), part[used])
+            if attend:
+                part = _attend(layer, cache, piece, used if piece.mask is None else used & piece.mask)
+                rows = torch.arange(b, device=at.device)[:, None].expand_as(at)
+                context = context.index_put((rows[used], at[used]), part[used])
         _enter(cache, piece, used, take)
         done = done + take
         full = (cache.filled == length).nonzero()[:, 0]

@@ -161,11 +161,20 @@ class SlotAttention:
             mask: bool [B, S] over the tokens of this call.
             cu_seqlens, total_segments, cache: as of :meth:`HiCIAttention.forward`.
             output: what follows; the cache counts a call only once this has not failed either.
+
+        Raises:
+            TypeError, ValueError: the cache holds keys of another dtype or device; it is as before then.
         """
+        if cache is not None:
+            cache.check_keys(k)
         if self.exchange is not None:
             return output(self.exchange.attend(self, hidden, q, k, v, mask, cu_seqlens, cache).flatten(-2))
         if isinstance(cache, SegmentCache):
-            return extend(self, cache, hidden, q, k, v, mask, output)
+            whole = None
+            if cache.fresh and self._recorded(hidden, q, k, v):
+                # gradients flow from segment to segment, which they do not through what a cache holds
+                whole = self._prefill(_Tokens(hidden, q, k, v, mask), None, None)[0]
+            return extend(self, cache, hidden, q, k, v, mask, output, whole)
         if isinstance(cache, TokenCache) and not cache.empty:
             recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             keys, values, seen = cache.stage(k, v, mask, recorded)
@@ -179,6 +188,13 @@ class SlotAttention:
             cache.stage(k, v, mask)
             cache.commit(hidden.shape[1], mask)
         return out
+
+    def _recorded(self, *given: Tensor) -> bool:
+        """Whether autograd records a call of ``given`` tensors."""
+        if not torch.is_grad_enabled():
+            return False
+        parameters = (p for m in (self.local_constructor, self.global_integrator) for p in m.parameters())
+        return any(x.requires_grad for x in given) or any(p.requires_grad for p in parameters)
 
     def project_slots(self, slots: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values [..., Hkv, D] of slots [..., H]: no RoPE, no k_norm."""
@@ -370,6 +386,8 @@ class SlotAttention:
 def _has_tokens(mask: Tensor, cu_seqlens: Tensor | None, segment_len: int, n: int) -> Tensor:
     """bool [B, N]: segments with at least one token."""
     b, s = mask.shape
+    if cu_seqlens is None and n == 1:  # segment_len may be far above the number of columns
+        return mask.any(1, keepdim=True)
     if cu_seqlens is None:
         return torch.nn.functional.pad(mask, (0, n * segment_len - s)).view(b, n, segment_len).any(-1)
     segment = segments.segment_of(cu_seqlens, segment_len, s)
