@@ -516,3 +516,80 @@ def test_no_code_is_run_from_weight_files(tmp_path):
     with pytest.raises(ValueError, match="has no place"):
         extract(fsdp, tmp_path / "out")
     assert not touched.exists() and not (tmp_path / "out").exists()
+
+
+def adapted(name: str = "default", **kwargs):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        randomise_slots(apply_hici(tiny(), hici_config())),
+        peft.LoraConfig(**LORA, init_lora_weights=False, **kwargs),
+        adapter_name=name,
+        autocast_adapter_dtype=False,
+    ).eval()
+    with torch.no_grad():
+        for own, p in model.named_parameters():
+            if "modules_to_save" in own:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    return model
+
+
+def test_adapters_of_any_name_keep_what_they_train_whole(tmp_path):
+    model = adapted("mine", modules_to_save=["embed_tokens"])
+    merge_hici(model, tmp_path / "merged", keep_slots=True)
+    save_hici(model, tmp_path / "saved")
+    merged, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and worst(logits(merged.eval()), logits(model)) < TOLERANCE
+    assert worst(logits(load_hici(tiny(), tmp_path / "saved").eval()), logits(model)) < TOLERANCE
+
+
+def test_adapters_that_are_not_lora_are_refused_before_anything_is_written(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False)
+    model = peft.get_peft_model(apply_hici(tiny(), hici_config()), config)
+    for save in (lambda: merge_hici(model, tmp_path / "a", keep_slots=True), lambda: save_hici(model, tmp_path / "a")):
+        with pytest.raises(ValueError, match="expected LoRA"):
+            save()
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_that_is_merged_is_saved_once_it_is_not(tmp_path):
+    model = adapted()
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        save_hici(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.unmerge_adapter()
+    save_hici(model, tmp_path)
+    save_hici(model, tmp_path)  # over an earlier one of its own kind
+    assert worst(logits(load_hici(tiny(), tmp_path).eval()), expected) < TOLERANCE
+    with pytest.raises(ValueError, match="path must hold no other adapter"):
+        save_hici(randomise_slots(apply_hici(tiny(), hici_config())), tmp_path)
+    assert worst(logits(load_hici(tiny(), tmp_path).eval()), expected) < TOLERANCE
+
+
+def test_a_merged_directory_is_evaluated_as_what_it_is(tmp_path):
+    from hici_kernels.evaluate.models import open_model
+    from hici_kernels.integrations.chat import open_model as open_directory
+
+    hf.PreTrainedTokenizerFast(tokenizer_object=words()).save_pretrained(tmp_path)
+    model = randomise_slots(apply_hici(tiny(), hici_config()))
+    merge_hici(model, tmp_path, keep_slots=True)
+    with_slots, without = logits(model), logits(restore(model))
+    assert worst(with_slots, without) > 1e-3
+    assert worst(logits(open_model(tmp_path, "hici").model), with_slots) < TOLERANCE
+    for method in ("none", "hga", "dca"):
+        assert worst(logits(open_model(tmp_path, method, attention="full").model), without) < TOLERANCE
+    with pytest.raises(ValueError, match="carries slots"):
+        open_model(tmp_path, "none")
+    with pytest.raises(ValueError, match="config is that of"):
+        open_directory(tmp_path, "hici", config={"segment_len": 4})
+    for wrong in ({"store": "disk"}, {"config": {"topk_groups": 3}}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            open_directory(tmp_path, "none", **wrong)
+
+
+def words():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))

@@ -524,3 +524,26 @@ def test_dropout_is_refused():
     model = apply_hga(tiny(attention_dropout=0.1), ALL).train()
     with pytest.raises(ValueError, match="dropout"):
         model(prompt(), use_cache=False)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_packed_documents_are_refused(cache):
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        apply_hga(tiny(), FEW)(prompt(1, 20), cu_seq_lens_q=torch.tensor([0, 8, 20]), use_cache=cache)
+
+
+def test_restore_gives_back_what_the_config_said(tmp_path):
+    apply_hga(tiny(), FEW).save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    restore(apply_hga(again, HGAConfig()))
+    assert again.config.hga == FEW.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: apply_dca(m, DCAConfig(chunk_len=16, local_len=4)), lambda m: apply_shifted(m, 8)]
+)
+def test_baselines_refuse_caches_that_do_not_grow(change):
+    model, ids = change(tiny()), prompt()
+    with pytest.raises(ValueError, match="cache that grows"):
+        model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3

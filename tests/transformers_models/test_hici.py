@@ -461,3 +461,26 @@ def test_refusals():
         other = apply_hici(before, hici_config(recurrence_len=2))(ids).past_key_values
         with pytest.raises(ValueError, match="another HiCIConfig"):
             model(ids[:, :1], past_key_values=other)
+
+
+@pytest.mark.parametrize("decode", ["segment", "full", "slots"])
+def test_caches_under_autocast(decode):
+    """float32 weights: transformers' rotation returns float32 keys beside bfloat16 values."""
+    model = randomise_slots(apply_hici(tiny(), hici_config(decode=decode)))
+    ids = prompt(2, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            assert worst(model(ids).logits, model(ids, use_cache=False).logits) < 0.1
+            assert model.generate(ids, max_new_tokens=12, do_sample=False).shape == (2, 52)
+    assert all(p.grad is not None for p in slots_of(model).values())
+
+
+def test_packed_documents_and_a_cache_are_refused_together():
+    model, ids = apply_hici(tiny(), hici_config()), prompt(1, 20)
+    cu = torch.tensor([0, 8, 20], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(ids, cu_seq_lens_q=cu)
+    model(ids, cu_seq_lens_q=cu, use_cache=False)
+    with pytest.raises(ValueError, match="hici_segment_len"):
+        model(ids, hici_segment_len=0, use_cache=False)

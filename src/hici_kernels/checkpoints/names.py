@@ -18,7 +18,7 @@ _OLD = (
     (".hierarchical_aggregator.", ".global_integrator."),
     (".local_constructor.local_queries", ".local_constructor.memory_slots"),
 )
-_WRAPPED = (".base_layer.", ".modules_to_save.default.")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)\.")
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight$")
 # a model without a head has its layers at the top
 _LAYER = re.compile(
@@ -33,8 +33,7 @@ def canonical(name: str) -> str | None:
     while name.startswith(PEFT_PREFIX):
         name = name.removeprefix(PEFT_PREFIX)
     name = name.removeprefix("module.")
-    for wrapper in _WRAPPED:
-        name = name.replace(wrapper, ".")
+    name = _WRAPPED.sub(".", name)
     for old, new in _OLD:
         name = name.replace(old, new)
     return name

@@ -60,7 +60,10 @@ def run(
     finally:
         conversation.close()
     if json_path is not None:
-        _outputs.write_json(json_path, {"model": str(model), "method": method, "store": store, "turns": turns})
+        _outputs.write_json(
+            json_path,
+            {"model": str(model), "method": method, "store": store if method == "hga" else None, "turns": turns},
+        )
     if chart_path is not None:
         _write_chart(turns, f"{model.name}, {method}", chart_path)
 

@@ -71,15 +71,21 @@ def open_model(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if adapter is not None and method != "hici":
         raise ValueError(f"adapter is for method 'hici', got method={method!r} with {str(adapter)!r}")
+    if method == "none" and config:
+        raise ValueError(f"config must be empty with method='none', got {next(iter(config))}")
     place = _checks.device("device", device)
     if method == "hga":
         routed = HGAConfig.from_dict(dict(config or {}))
         check_store(store, options)
+    elif store != "device":
+        raise ValueError(f"store is for method 'hga', got method={method!r} with store={store!r}")
     elif options:
         raise ValueError(f"{next(iter(options))} is an option of the store of method 'hga', got method={method!r}")
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
     values = dict(config or {})
+    if method == "hici" and values and any(n.method == "apply_hici" for n in Host.of(model).notes):
+        raise ValueError(f"config is that of {directory}, which carries its slots, got {next(iter(values))}")
     if method == "hici" and adapter is not None:
         model = load_hici(model, adapter, merge_lora=True, **values)
     elif method == "hici" and not any(n.method == "apply_hici" for n in Host.of(model).notes):

@@ -16,7 +16,7 @@ from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import check_config
 from ..ops.merge_attention.api import merge_attention
 from ..rope import Rope
-from .host import Host, Note, check_servable, is_sliding, rope_of
+from .host import Host, Note, check_growing, check_servable, is_sliding, rope_of
 from .masks import register
 
 NAME = "dca"
@@ -62,6 +62,7 @@ class DCAHook:
         self.config, self.routing, self.rope, self.impl = config, routing, rope, impl
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_growing(module, kwargs.get("past_key_values"), "dual chunk attention")
         positions = kwargs.get("position_ids")
         if positions is None:
             raise ValueError("dual chunk attention needs position_ids, which this model does not hand to its layers")
@@ -83,8 +84,8 @@ def apply_dca(
                            min(p mod c + c, c + local_len)     against the chunk before
                            c + local_len                       against older chunks
     and one softmax over all keys, here as three parts (own chunk causal, the others whole) merged by their
-    log-sum-exp. A text of one chunk gives the unmodified model's numbers. Caches are those of transformers, and hold
-    keys rotated within their chunks: every way of ``generate()`` works.
+    log-sum-exp. A text of one chunk gives the unmodified model's numbers. Caches are those of transformers that grow
+    (a static one is refused), and hold keys rotated within their chunks: every way of ``generate()`` works.
 
     Args:
         model: Llama, Qwen3 or any other decoder of transformers with RoPE (rotate-half) whose layers all have full
@@ -118,6 +119,9 @@ def apply_dca(
         if is_sliding(attention_module):
             raise ValueError("dual chunk attention needs full attention in every layer")
     rope = rope_of(host, host.attentions[0])
+    for attention_module in host.attentions[1:]:
+        if not torch.equal(rope_of(host, attention_module).inv_freq, rope.inv_freq):
+            raise ValueError("dual chunk attention needs all layers to rotate alike")
     host.own_config(model)
     register(NAME, dca_forward)
     note = Note("apply_dca", host.set_attention(NAME))

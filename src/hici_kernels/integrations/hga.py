@@ -106,6 +106,7 @@ def apply_hga(
     note = Note("apply_hga", host.set_attention(NAME), config_fields=("hga",))
     for index, attention in enumerate(served):
         note.handles.append(attention.register_forward_pre_hook(HGAHook(settings, index), with_kwargs=True))
+    note.config_before = {n: vars(host.model.config)[n] for n in note.config_fields if n in vars(host.model.config)}
     host.model.config.hga = config.to_dict()
     host.notes.append(note)
     return model
@@ -169,17 +170,22 @@ def hga_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     hga: HGACall | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query [B, Hq, T, D], key and value [B, Hkv, T, D], rotated; out [B, T, Hq, D]."""
     if hga is None:
         if is_sliding(module):
+            if cu_seq_lens_q is not None:
+                kwargs["cu_seq_lens_q"] = cu_seq_lens_q
             return fused_attention(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
         raise ValueError("attention implementation 'hga' needs apply_hga(model, config)")
     if dropout:
         raise ValueError(f"HGA does not support attention dropout, got {dropout}")
+    if cu_seq_lens_q is not None:
+        raise ValueError("HGA does not support packed documents, got cu_seq_lens_q")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     usual = q.shape[-1] ** -0.5
     settings, layer = hga

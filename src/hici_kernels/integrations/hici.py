@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from .._dispatch import check_impl
 from ..config import HiCIConfig
 from ..nn.global_integrator import GlobalIntegrator
@@ -186,12 +187,15 @@ def hici_forward(
         q = q * (scaling / usual)
     slots, hidden, layer = hici
     if hici_segment_len is not None:
+        _checks.integer("hici_segment_len", hici_segment_len, 1)
         if layer is not None and not layer.skippable(module.training):
             raise ValueError("hici_segment_len is for training: a cache was made for the segment_len of the model")
         slots.config = replace(slots.config, segment_len=hici_segment_len)
     if layer is not None:
         layer.check_filled()
         if not layer.skippable(module.training):
+            if cu_seq_lens_q is not None:
+                raise ValueError("cu_seq_lens_q cannot be combined with a cache: pass use_cache=False")
             mask = new_tokens(attention_mask, q.shape[1], "HiCI")
             return layer.attend(slots, hidden, q, k, v, mask).unflatten(-1, q.shape[2:]), None
         layer.skipped = True

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from ..rope import Rope
 
@@ -87,6 +88,7 @@ class Note:
     handles: list[RemovableHandle] = field(default_factory=list)
     children: tuple[str, ...] = ()  # modules added to every attention module
     config_fields: tuple[str, ...] = ()  # added to the config
+    config_before: dict[str, Any] = field(default_factory=dict)  # those of them that were there, with their values
     config_class: type | None = None  # of the config before
     rotary: nn.Module | None = None  # of the decoder before
     rope_parameters: dict[str, Any] | None = None
@@ -114,6 +116,7 @@ def restore(model: nn.Module) -> nn.Module:
             host.model.config.__class__ = note.config_class
         for name in note.config_fields:
             vars(host.model.config).pop(name, None)
+        vars(host.model.config).update(note.config_before)
         if note.rotary is not None:
             host.decoder.rotary_emb = note.rotary
             host.decoder.config.rope_parameters = note.rope_parameters
@@ -144,6 +147,14 @@ def is_sliding(attention: nn.Module) -> bool:
         # Mistral keeps the window in its config only and uses it in every layer
         window = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
     return window is not None
+
+
+def check_growing(module: nn.Module, cache: Any, method: str) -> None:
+    """Refuse a cache whose keys are a buffer of the final length: what is filled of it, attention is not told."""
+    layers = getattr(cache, "layers", ())
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    if index < len(layers) and isinstance(layers[index], StaticLayer):
+        raise ValueError(f"{method} needs a cache that grows, got {type(cache).__name__} with static layers")
 
 
 def check_servable(attention: nn.Module, method: str) -> None:

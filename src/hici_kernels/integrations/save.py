@@ -31,14 +31,16 @@ def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ())
             from the same file.
 
     Raises:
-        ValueError: the model has no slots, more than one adapter, RoPE scaling of another kind than linear, or no
-            tensor of a name in ``also``.
+        ValueError: the model has no slots, more than one adapter, one that is not LoRA or is merged into the weights,
+            RoPE scaling of another kind than linear, or no tensor of a name in ``also``; path holds an adapter that
+            the model does not carry.
     """
     path = Path(path)
     host, config = Host.of(model), config_of(model)
     factor = linear_factor(host)
     if factor is None:
         raise ValueError("the checkpoint layout knows linear RoPE scaling only; the model has another kind")
+    _check_adapters(model)
     tensors = host.model.state_dict()
     lora = _lora_config(model) if any(names.is_lora(raw) for raw in tensors) else None
     biases, wanted = getattr(lora, "bias", "none") != "none", set(also)
@@ -56,7 +58,13 @@ def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ())
     absent = sorted(wanted - set(trainable))
     if absent:
         raise ValueError(f"also names {absent[0]!r}, which the model does not have")
+    stale = [
+        n for n in ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json") if (path / n).exists()
+    ]
+    if stale and lora is None:
+        raise ValueError(f"path must hold no other adapter, {path} has {stale[0]} and the model carries none")
     content = {"hici": config.to_dict(), "rope_factor": factor}
+    (path / "trainable_params.safetensors.index.json").unlink(missing_ok=True)  # of shards that were here before
     files.write(path / "trainable_params.safetensors", trainable)
     files.write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     if lora is not None:
@@ -83,6 +91,7 @@ def merge_hici(model: nn.Module, path: str | Path, keep_slots: bool) -> None:
         raise TypeError(f"keep_slots must be True or False, got {keep_slots!r}")
     path = Path(path)
     host, config = Host.of(model), config_of(model)
+    _check_adapters(model, merged=True)
     merged = merged_weights(host.model)
     if not keep_slots:
         merged = {name: x for name, x in merged.items() if names.slot_parts(name) is None}
@@ -123,6 +132,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
             if len(layer.lora_embedding_A):
                 raise ValueError(f"{prefix} has LoRA on an embedding, expected it on linear modules only")
             name = f"{names.canonical(prefix + '.')}weight"
+            if name not in merged or merged[name].ndim != 2:
+                raise ValueError(f"{prefix} has LoRA on something else than a linear module's weight")
             if name in tied or name in tied.values():
                 raise ValueError(f"{prefix} has LoRA and a weight tied to another module's, which would get it too")
             weight = merged[name]
@@ -132,6 +143,20 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 total = total + layer.scaling[adapter] * (b.float() @ a.float()).to(total.device)
             merged[name] = total.to(weight.dtype)
     return merged
+
+
+def _check_adapters(model: nn.Module, *, merged: bool = False) -> None:
+    """That every adapter is LoRA, whose product this library knows, and (unless ``merged``) is beside its weight."""
+    if not getattr(model, "peft_config", None) and not any(hasattr(m, "peft_config") for m in model.modules()):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for prefix, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            if not (hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")):
+                raise ValueError(f"{prefix} has an adapter of type {type(module).__name__}, expected LoRA")
+            if module.merged and not merged:
+                raise ValueError(f"the adapter of {prefix} is merged into its weight: call unmerge_adapter() first")
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:

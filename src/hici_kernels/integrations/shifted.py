@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import _checks
 from .._dispatch import check_impl
 from ..ops.attention.api import attention
-from .host import Host, Note, check_servable, is_sliding
+from .host import Host, Note, check_growing, check_servable, is_sliding
 from .masks import new_tokens, register
 
 NAME = "shifted"
@@ -28,6 +28,7 @@ class ShiftedHook:
         self.call = ShiftedCall(group_len, impl)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_growing(module, kwargs.get("past_key_values"), "shifted short attention")
         return args, {**kwargs, "shifted": self.call}
 
 

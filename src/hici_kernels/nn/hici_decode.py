@@ -198,7 +198,9 @@ def _close(layer: SlotAttention, cache: SegmentCache, rows: Tensor) -> None:
                 kept.append(local)
             slot_k, slot_v = layer.project_slots(torch.cat(kept, 1))
             assert slot_k is not None and slot_v is not None
-            cache.slot_k[filled_at], cache.slot_v[filled_at] = slot_k, slot_v
+            # under autocast keys may come back from their rotation in another dtype than projections have
+            cache.slot_k[filled_at] = slot_k.to(cache.slot_k.dtype)
+            cache.slot_v[filled_at] = slot_v.to(cache.slot_v.dtype)
         r = config.recurrence_len
         if r:
             cache.recurrence_k[filled_at] = cache.k[filled_at, -r:]
