@@ -64,7 +64,7 @@ struct Call {
 bool borrows_threads() { return runtime().run != nullptr && !forked.load(std::memory_order_relaxed); }
 
 void await(const std::atomic<int64_t>& count, int64_t wanted) {
-  constexpr int kSpins = 1 << 12;  // some 50 us
+  constexpr int kSpins = 1 << 12;  // longer than small calls take, shorter than a time slice
   for (int spins = 0; count.load(std::memory_order_acquire) < wanted; ++spins) {
     if (spins >= kSpins) std::this_thread::yield();
 #if defined(__x86_64__)

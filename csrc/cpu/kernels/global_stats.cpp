@@ -30,7 +30,7 @@
 //     trees, fused squares and the loop inlined where its pointers are known 25.6 and 31.4, of which 7 are the way through
 //     Python. Smaller blocks and the prefetch change nothing. By llvm-mca (-mcpu=znver4) the loop takes 5.1 cycles a
 //     vector and row, 11 us at 3.66 GHz.
-//   - then, native call, builds alternating in one process, fastest of 80 windows of 150 calls, float32, one thread: 17.0
+//   - then, native call, a loop not kept, builds mostly side by side in one process, fastest window, float32, one thread: 17.0
 //     shared, 22.7 causal. Of each pair of rows only the maximum by comparison and the minimum by logic, which more units
 //     do, and shorter chains of additions: 13.7 and 18.0 (bfloat16 13.9 to 13.4). Distances from the first of 8 rows had
 //     made means err by more than our budget where that row was far off, at this very shape; from the middle one of three
@@ -39,7 +39,7 @@
 //     of sums as a template instead of a loop that is unrolled: slower by 0.9, by the order of instructions alone.
 //   - 2 threads had gained 3 us in the shared form and nothing in the causal one: whoever was free took a block, and the
 //     rows it left in its cache were the other's the next time, and in the norm. With a share for every worker, the same in
-//     every call, and the norm in the same parallel region: 8.8 and 11.5 us, bfloat16 9.1 and 12.1. Where the other core
+//     every call, and the norm in the same parallel region: about 9 and 12 us, bfloat16 too. Where the other core
 //     does not come, as happens on a virtual machine, the first one does all in 0.6 us more than alone.
 //   - left: results written by the loop that absorbs their rows, 18.0 to 21.6 causal, perhaps because square roots keep a
 //     multiplier busy; looking for NaN once a block instead of once a vector, slower by 0.3; sums of a thread on cache

@@ -39,16 +39,20 @@ def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -
     plan, records = distinct(plan, triton.__version__)
     missing = [i for i, r in enumerate(records) if r["key"] not in before]
     compiled: dict[int, dict[str, Any]] = {}
+
+    def keep() -> float:
+        if report is not None and compiled:
+            save(report, [records[i] | result for i, result in compiled.items()], triton.__version__)
+        return time.monotonic()
+
     try:
-        saved = time.monotonic()
+        kept = keep()
         for i, result in zip(missing, _compile_all([plan[i] for i in missing], jobs), strict=True):
             compiled[i] = result
-            if report is not None and time.monotonic() - saved > SAVE_SECONDS:
-                save(report, [records[k] | r for k, r in compiled.items()], triton.__version__)
-                saved = time.monotonic()
+            if time.monotonic() - kept > SAVE_SECONDS:
+                kept = keep()
     except BaseException:
-        if report is not None and compiled:
-            save(report, [records[k] | r for k, r in compiled.items()], triton.__version__)
+        keep()
         raise
     exceptions = json.loads(EXCEPTIONS.read_text(encoding="utf-8"))
     for i, record in enumerate(records):

@@ -94,7 +94,7 @@ def open_model(
 
     Args:
         model: a local directory, or "demo": the byte-level model that ships with the package.
-        method: "none" = as it is; "hga", "dca" = training-free; "hici" = with the slots of ``adapter`` (or of the
+        method: "none" = full attention; "hga", "dca" = training-free; "hici" = with the slots of ``adapter`` (or of the
             directory, when merged). For the demo model, "hici" adds untrained slots (for trying commands out).
         config: fields of HGAConfig, HiCIConfig or DCAConfig.
         attention: "method", or "full" = weights as loaded, plain full attention without slots or routes: how the
@@ -108,7 +108,6 @@ def open_model(
     from ..integrations import DCAConfig, apply_dca, apply_hga, apply_hici, restore
     from ..integrations.chat import open_model as open_directory
     from ..integrations.hici import config_of
-    from ..integrations.host import Host
 
     if adapter is not None and method != "hici":
         raise ValueError(f"adapter is for method 'hici', got method={method!r} with {str(adapter)!r}")
@@ -136,10 +135,6 @@ def open_model(
             dtype=dtype,
         )
         name = str(model)
-        if method != "hici" and any(note.method == "apply_hici" for note in Host.of(found).notes):
-            if method == "none" and attention == "method":
-                raise ValueError(f"method must be 'hici' for {name}, which carries slots (attention='full': without)")
-            restore(found)
     used: Any = None
     if method == "hici":
         used = config_of(found)

@@ -16,7 +16,7 @@ from ..config import HGAConfig
 from .hga import apply_hga, check_store
 from .hga_cache import HGACache
 from .hici_cache import HiCILayer
-from .host import Host
+from .host import Host, restore
 from .load import load_hici
 
 METHODS = ("hga", "hici", "none")
@@ -54,7 +54,7 @@ def open_model(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
-    """A model directory with a method applied, and its tokenizer.
+    """A model directory with a method applied, and its tokenizer; slots it carries act with method "hici" only.
 
     ``config``: fields of HGAConfig or HiCIConfig; for "hici" without an adapter the directory must be a merged one.
     ``store`` and ``options``: of :func:`apply_hga`, for method "hga" alone.
@@ -84,11 +84,14 @@ def open_model(
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
     values = dict(config or {})
-    if method == "hici" and values and any(n.method == "apply_hici" for n in Host.of(model).notes):
+    carries = any(n.method == "apply_hici" for n in Host.of(model).notes)
+    if carries and method != "hici":
+        restore(model)
+    elif carries and values:
         raise ValueError(f"config is that of {directory}, which carries its slots, got {next(iter(values))}")
     if method == "hici" and adapter is not None:
         model = load_hici(model, adapter, merge_lora=True, **values)
-    elif method == "hici" and not any(n.method == "apply_hici" for n in Host.of(model).notes):
+    elif method == "hici" and not carries:
         if not (values and _has_slots(directory)):
             raise ValueError(
                 f"{directory} says nothing of slots: give a HiCI checkpoint for it, or a merged directory and the "

@@ -170,21 +170,18 @@ def hga_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     hga: HGACall | None = None,
-    cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query [B, Hq, T, D], key and value [B, Hkv, T, D], rotated; out [B, T, Hq, D]."""
     if hga is None:
         if is_sliding(module):
-            if cu_seq_lens_q is not None:
-                kwargs["cu_seq_lens_q"] = cu_seq_lens_q
             return fused_attention(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
         raise ValueError("attention implementation 'hga' needs apply_hga(model, config)")
     if dropout:
         raise ValueError(f"HGA does not support attention dropout, got {dropout}")
-    if cu_seq_lens_q is not None:
+    if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError("HGA does not support packed documents, got cu_seq_lens_q")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     usual = q.shape[-1] ** -0.5

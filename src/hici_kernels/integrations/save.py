@@ -147,7 +147,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_adapters(model: nn.Module, *, merged: bool = False) -> None:
     """That every adapter is LoRA, whose product this library knows, and (unless ``merged``) is beside its weight."""
-    if not getattr(model, "peft_config", None) and not any(hasattr(m, "peft_config") for m in model.modules()):
+    if not any(hasattr(m, "peft_config") for m in model.modules()):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -171,13 +171,12 @@ class SlotAttention:
             return output(self.exchange.attend(self, hidden, q, k, v, mask, cu_seqlens, cache).flatten(-2))
         if isinstance(cache, SegmentCache):
             whole = None
-            if cache.fresh and self._recorded(hidden, q, k, v):
+            if torch.is_grad_enabled() and cache.fresh and _recorded(hidden, q, k, v, *self._slot_parameters()):
                 # gradients flow from segment to segment, which they do not through what a cache holds
                 whole = self._prefill(_Tokens(hidden, q, k, v, mask), None, None)[0]
             return extend(self, cache, hidden, q, k, v, mask, output, whole)
         if isinstance(cache, TokenCache) and not cache.empty:
-            recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            keys, values, seen = cache.stage(k, v, mask, recorded)
+            keys, values, seen = cache.stage(k, v, mask, _recorded(q, k, v))
             out = output(attention(q, keys, values, attention_mask=seen, impl=self.impl).flatten(-2))
             cache.commit(hidden.shape[1], mask)
             return out
@@ -189,12 +188,8 @@ class SlotAttention:
             cache.commit(hidden.shape[1], mask)
         return out
 
-    def _recorded(self, *given: Tensor) -> bool:
-        """Whether autograd records a call of ``given`` tensors."""
-        if not torch.is_grad_enabled():
-            return False
-        parameters = (p for m in (self.local_constructor, self.global_integrator) for p in m.parameters())
-        return any(x.requires_grad for x in given) or any(p.requires_grad for p in parameters)
+    def _slot_parameters(self) -> list[Tensor]:
+        return [*self.local_constructor.parameters(), *self.global_integrator.parameters()]
 
     def project_slots(self, slots: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values [..., Hkv, D] of slots [..., H]: no RoPE, no k_norm."""
@@ -381,6 +376,11 @@ class SlotAttention:
             masks.append(on.repeat_interleave(m, 1))
         k, v = self.project_slots(torch.cat(kept, 1))
         return k, v, torch.cat(masks, 1)
+
+
+def _recorded(*given: Tensor) -> bool:
+    """Whether autograd records what is done with ``given`` tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def _has_tokens(mask: Tensor, cu_seqlens: Tensor | None, segment_len: int, n: int) -> Tensor:
