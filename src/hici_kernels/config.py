@@ -193,12 +193,16 @@ class HiCIConfig(_Config):
         return max(1, -(-length // self.num_segments))
 
 
+#: Tokens of a chunk and chunks of a super-chunk: what is laid out by whole chunks then stays addressable.
+LARGEST_CHUNK = 1 << 20
+
+
 @dataclass(frozen=True)
 class HGAConfig(_Config):
     """Budgets and rules of routed attention. All budgets are per query.
 
     Args:
-        chunk_size: C, tokens per chunk.
+        chunk_size: C, tokens per chunk, at most 1,048,576.
         group_size: tokens per group; divides chunk_size. M = chunk_size / group_size groups a chunk.
         keep_first: F, chunks at the start that every query sees (sinks).
         keep_last: W, closed chunks before the query's own that it sees (local window).
@@ -208,10 +212,10 @@ class HGAConfig(_Config):
             its maximum over the queries since the start of the chunk, nothing leaks; "block" = the authors' rule:
             blocks of route_block queries share one capacity, so a result depends on later queries of its block.
         route_block: queries per block of routing="block"; blocks are also cut at chunk ends.
-        super_chunk: 0 = every chunk of the pool is scored. X > 0: X consecutive chunks form a super-chunk, whose key is
-            the mean of theirs; a query scores the super-chunks that lie wholly in its pool and then only the chunks of
-            the topk_supers highest of them, and those in none. What survives is scored exactly; a chunk may be lost.
-            For histories of very many chunks; routing="strict" only.
+        super_chunk: 0 = every chunk of the pool is scored. X > 0 (at most 1,048,576): X consecutive chunks form a
+            super-chunk, whose key is the mean of theirs; a query scores the super-chunks that lie wholly in its pool
+            and then only the chunks of the topk_supers highest of them, and those in none. What survives is scored
+            exactly; a chunk may be lost. For histories of very many chunks; routing="strict" only.
         topk_supers: super-chunks whose chunks are scored.
         share: "query" = each query head picks; "kv" = the maximum over the heads of a kv group picks for all of them.
 
@@ -232,9 +236,11 @@ class HGAConfig(_Config):
     topk_supers: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "group_size", "route_block"):
-            _checks.integer(name, getattr(self, name), 1)
-        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups", "super_chunk", "topk_supers"):
+        for name in ("chunk_size", "group_size"):
+            _checks.integer(name, getattr(self, name), 1, LARGEST_CHUNK)
+        _checks.integer("route_block", self.route_block, 1)
+        _checks.integer("super_chunk", self.super_chunk, 0, LARGEST_CHUNK)
+        for name in ("keep_first", "keep_last", "topk_chunks", "topk_groups", "topk_supers"):
             _checks.integer(name, getattr(self, name), 0)
         if self.chunk_size % self.group_size:
             raise ValueError(f"group_size must divide chunk_size {self.chunk_size}, got {self.group_size}")

@@ -24,6 +24,10 @@ def attend(q=Q, k=K, v=K, config=CONFIG, rope=ROPE, **options):
     return lambda: hga_attention(q, k, v, config, rope=rope, **options)
 
 
+def configured(**fields):
+    return lambda: HGAConfig(**fields)
+
+
 def summarise(k=K, rope=ROPE, **options):
     return lambda: hga_summaries(k, rope=rope, **options)
 
@@ -128,6 +132,23 @@ def other_heads(held):
 
 
 CASES = [
+    ("HGAConfig: chunk_size 0", configured(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    ("HGAConfig: chunk_size a float", configured(chunk_size=64.0), TypeError, "chunk_size must be an int"),
+    ("HGAConfig: chunk_size beyond memory", configured(chunk_size=2**40), ValueError, "chunk_size must be at most"),
+    ("HGAConfig: group_size that does not divide", configured(group_size=7), ValueError, "group_size must divide"),
+    ("HGAConfig: keep_first negative", configured(keep_first=-1), ValueError, "keep_first must be at least 0"),
+    ("HGAConfig: topk_groups a bool", configured(topk_groups=True), TypeError, "topk_groups must be an int"),
+    ("HGAConfig: topk_chunks beyond int64", configured(topk_chunks=2**63), ValueError, "topk_chunks must be at most"),
+    ("HGAConfig: unknown routing", configured(routing="fast"), ValueError, "routing must be one of"),
+    ("HGAConfig: route_block 0", configured(route_block=0), ValueError, "route_block must be at least 1"),
+    ("HGAConfig: unknown share", configured(share="all"), ValueError, "share must be one of"),
+    ("HGAConfig: super_chunk beyond memory", configured(super_chunk=2**40), ValueError, "super_chunk must be at most"),
+    (
+        "HGAConfig: super_chunk with another routing",
+        configured(super_chunk=4, routing="block"),
+        ValueError,
+        "super_chunk must be 0 with routing='block'",
+    ),
     ("hga_attention: q of 3 dimensions", attend(q=Q[0]), ValueError, r"q must be \[B, T, Hq, D\]"),
     ("hga_attention: q a list", attend(q=[1.0]), TypeError, "q must be a tensor"),
     ("hga_attention: k of another head_dim", attend(k=K[..., :4]), ValueError, "k must be"),
@@ -161,6 +182,7 @@ CASES = [
     ("hga_summaries: k of 3 dimensions", summarise(k=K[0]), ValueError, "k must be"),
     ("hga_summaries: integer k", summarise(k=K.int()), TypeError, "k must be float32"),
     ("hga_summaries: chunk_size 0", summarise(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    ("hga_summaries: chunk_size beyond memory", summarise(chunk_size=2**40), ValueError, "chunk_size must be at most"),
     ("hga_summaries: group_size that does not divide", summarise(group_size=7), ValueError, "group_size must divide"),
     ("hga_summaries: chunk_size a float", summarise(chunk_size=4.0), TypeError, "chunk_size must be an int"),
     (

@@ -248,7 +248,9 @@ def test_topics_cases_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     opened = open_model("demo")
     said = tokens.ByteTokenizer().encode(" tea.\n USER: and bees")
     monkeypatch.setattr(topics, "continue_greedily", lambda *a: said)
-    result = topics.run(opened, [], file=file)
+    result = topics.run(opened, file=file)
+    with pytest.raises(ValueError, match="topics must be left out with a file"):
+        topics.run(opened, [3], file=file)
     assert [(r["topics"], r["accuracy"]) for r in result["rows"]] == [(1, 1.0), (2, 0.0)]
     for wrong in ({}, [], {"prompt": "a", "topics": "tea"}, {"prompt": "a", "topics": [3]}, {"topics": ["tea"]}):
         file.write_text(json.dumps(wrong))
@@ -301,6 +303,8 @@ def test_a_leaking_mode_has_no_valid_sliding_perplexity(data: Path) -> None:
         (["passkey", "--lengths", "a"], "--lengths must be numbers"),
         (["passkey", "--lengths", "600", "--depths", "2"], "depth must be between"),
         (["topics", "--method", "fast"], "method must be one of"),
+        (["topics", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (["passkey", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["topics", "--method", "hici", "--set", "slots=3"], "not a field"),
         (["passkey", "--model", "/nonexistent"], "not a model directory"),
         (["prepare", "/nonexistent.txt", "--out", "x.bin"], "existing file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -94,6 +95,59 @@ def test_a_template_that_rewrites_the_past(directory):
     ids = tokenizer.apply_chat_template(talk.messages[:3], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert second.reused_tokens == 1 and tokenizer.decode(out[0, ids.shape[1] :]) == second.text
+
+
+@pytest.mark.parametrize("method", ["hga", "none"])
+def test_a_turn_that_fails_has_not_been(method, directory):
+    """The next one answers as if nobody had tried; an answer that is stopped has been, and what was read for it."""
+    model, tokenizer = open_model(directory, method, config=FEW if method == "hga" else {})
+    talk, plain = Conversation(model, tokenizer), Conversation(model, tokenizer)
+    assert talk.say(TEXT, max_new_tokens=4).text == plain.say(TEXT, max_new_tokens=4).text
+
+    def fail(piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("w1 w2", max_new_tokens=4, show=fail)
+    assert talk.messages == plain.messages and not any(talk.memory().values())
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        talk.say("w1 w2", max_new_tokens=-1)
+    assert talk.messages == plain.messages
+    expected = plain.say("w3", max_new_tokens=4)
+    again = talk.say("w3", max_new_tokens=4)
+    assert again.text == expected.text and again.reused_tokens == 0 < expected.reused_tokens
+    stopped = talk.say("w4 w5", max_new_tokens=9, stop=iter((False, True)).__next__)
+    assert stopped.new_tokens == 2 and stopped.text == " ".join(stopped.text.split()[:2])
+    assert talk.say("w6", max_new_tokens=4).reused_tokens > stopped.reused_tokens + 2
+
+
+def test_interrupts_while_typing(directory, monkeypatch):
+    """The first ends the answer that has begun, one before it or a second one the turn; neither the conversation."""
+    from hici_kernels.cli import chat
+
+    wait = iter([[False, True], [True]])
+    monkeypatch.setattr(chat, "_typed", lambda: iter(["w1", "w2", "w3"]))
+    say = Conversation.say
+
+    def interrupted(self, text, *, show, **kwargs):
+        points = iter(next(wait, []))
+
+        def shown(piece):
+            if next(points, False):
+                signal.raise_signal(signal.SIGINT)
+            show(piece)
+
+        return say(self, text, show=shown, **kwargs)
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    written = directory.parent / "turns.json"
+    done = run("chat", "--model", directory, "--max-new-tokens", 6, "--json", written)
+    assert done.exit_code == 0 and done.output.count("interrupted") == 1, done.output
+    assert signal.getsignal(signal.SIGINT) is handler
+    turns = json.loads(written.read_text(encoding="utf-8"))["turns"]
+    assert [t["prompt"] for t in turns] == ["w1", "w3"]
+    assert [t["new_tokens"] < 6 for t in turns] == [True, False] and not turns[1]["reused_tokens"]
 
 
 @pytest.mark.parametrize("store", ["device", "host", "disk"])

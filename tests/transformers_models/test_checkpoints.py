@@ -193,48 +193,6 @@ def test_save_and_load(family, tmp_path):
     assert worst(logits(load_hici(tiny(family), tmp_path / "alone")), logits(alone)) < TOLERANCE
 
 
-def test_biases_that_an_adapter_trains_are_saved(tmp_path):
-    """And what else is named; both come back from the same file."""
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(**LORA, init_lora_weights=False, bias="lora_only")
-    adapted = peft.get_peft_model(randomise_slots(apply_hici(tiny(attention_bias=True), hici_config())), lora)
-    changed = "model.layers.1.mlp.up_proj.weight"
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if name.endswith((".bias", changed)):
-                p.add_(torch.randn_like(p))
-    save_hici(adapted, tmp_path, also=[changed])
-    assert worst(logits(load_hici(tiny(attention_bias=True), tmp_path)), logits(adapted.eval())) < TOLERANCE
-    with pytest.raises(ValueError, match=r"also names 'model\.norm\.bias'"):
-        save_hici(adapted, tmp_path / "out", also=["model.norm.bias"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_lora_on_a_tied_head(tmp_path):
-    """Beside the shared matrix it is the head's alone; added to it, it would be the embedding's too."""
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    adapted = randomise_slots(apply_hici(tiny(tie_word_embeddings=True), hici_config()))
-    adapted = peft.get_peft_model(adapted, lora).eval()
-    save_hici(adapted, tmp_path)
-    loaded = load_hici(tiny(tie_word_embeddings=True), tmp_path)
-    assert worst(logits(loaded), logits(adapted)) < TOLERANCE
-    assert worst(logits(loaded), logits(load_without_head(tmp_path))) > 1e-3
-    with pytest.raises(ValueError, match="LoRA for lm_head, whose weight the model ties"):
-        load_hici(tiny(tie_word_embeddings=True), tmp_path, merge_lora=True)
-    with pytest.raises(ValueError, match=r"lm_head has LoRA and a weight tied"):
-        merge_hici(adapted, tmp_path / "merged", keep_slots=True)
-
-
-def load_without_head(path):
-    loaded = load_hici(tiny(tie_word_embeddings=True), path)
-    with torch.no_grad():
-        for name, p in loaded.named_parameters():
-            if "lm_head.lora_B" in name:
-                p.zero_()
-    return loaded
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_merge_keeping_slots(family, tmp_path):
     adapted = trained(family, rows=98).eval()
@@ -246,6 +204,31 @@ def test_merge_keeping_slots(family, tmp_path):
     assert worst(logits(again), expected) < 1e-4
     assert worst(logits(load_hici(tmp_path, tmp_path)), expected) < 1e-4
     assert worst(logits(load_hici(tiny(family), tmp_path)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_model_built_with_slots_is_restored_to_a_plain_one(around, tmp_path):
+    """Its class and what it saves are those of its family; what it was can be made of it again."""
+    save_of = randomise_slots(apply_hici(tiny(), hici_config()))
+    merge_hici(save_of, tmp_path / "slots", keep_slots=True)
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "slots")
+    assert type(model).__name__ == "HiCILlamaForCausalLM"
+    expected = logits(restore(save_of))
+    if around:
+        peft = pytest.importorskip("peft")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+        restore(adapted)
+        model = adapted.unload()
+    restore(model)
+    assert type(model) is hf.LlamaForCausalLM and type(model.config) is hf.LlamaConfig
+    assert worst(logits(model), expected) < TOLERANCE
+    model.save_pretrained(tmp_path / "plain")
+    content = json.loads((tmp_path / "plain" / "config.json").read_text(encoding="utf-8"))
+    assert content["architectures"] == ["LlamaForCausalLM"] and content["model_type"] == "llama"
+    assert "hici" not in content
+    assert type(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is hf.LlamaForCausalLM
+    apply_hici(model, hici_config())
+    assert type(model.config).__name__ == "HiCILlamaConfig"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -264,16 +247,6 @@ def test_merge_dropping_slots(family, tmp_path):
     assert worst(logits(plain), logits(adapted)) < 1e-4
     with pytest.raises(TypeError, match="keep_slots"):
         merge_hici(adapted, tmp_path, "yes")
-
-
-@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
-def test_adapters_that_are_more_than_a_product_are_not_merged(kind, tmp_path):
-    peft = pytest.importorskip("peft")
-    model = apply_hici(tiny("llama"), hici_config())
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], **{kind: True})
-    with pytest.raises(ValueError, match=kind):
-        merge_hici(peft.get_peft_model(model, lora), tmp_path, keep_slots=True)
-    assert not list(tmp_path.iterdir())
 
 
 def test_published_merged_directory(tmp_path):
@@ -517,56 +490,6 @@ def test_no_code_is_run_from_weight_files(tmp_path):
     with pytest.raises(ValueError, match="has no place"):
         extract(fsdp, tmp_path / "out")
     assert not touched.exists() and not (tmp_path / "out").exists()
-
-
-def adapted(name: str = "default", **kwargs):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        randomise_slots(apply_hici(tiny(), hici_config())),
-        peft.LoraConfig(**LORA, init_lora_weights=False, **kwargs),
-        adapter_name=name,
-        autocast_adapter_dtype=False,
-    ).eval()
-    with torch.no_grad():
-        for own, p in model.named_parameters():
-            if "modules_to_save" in own:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
-    return model
-
-
-def test_adapters_of_any_name_keep_what_they_train_whole(tmp_path):
-    model = adapted("mine", modules_to_save=["embed_tokens"])
-    merge_hici(model, tmp_path / "merged", keep_slots=True)
-    save_hici(model, tmp_path / "saved")
-    merged, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not info["missing_keys"] and worst(logits(merged.eval()), logits(model)) < TOLERANCE
-    assert worst(logits(load_hici(tiny(), tmp_path / "saved").eval()), logits(model)) < TOLERANCE
-
-
-def test_adapters_that_are_not_lora_are_refused_before_anything_is_written(tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False)
-    model = peft.get_peft_model(apply_hici(tiny(), hici_config()), config)
-    for save in (lambda: merge_hici(model, tmp_path / "a", keep_slots=True), lambda: save_hici(model, tmp_path / "a")):
-        with pytest.raises(ValueError, match="expected LoRA"):
-            save()
-    assert not (tmp_path / "a").exists()
-
-
-def test_an_adapter_that_is_merged_is_saved_once_it_is_not(tmp_path):
-    model = adapted()
-    expected = logits(model)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter"):
-        save_hici(model, tmp_path)
-    assert not list(tmp_path.iterdir())
-    model.unmerge_adapter()
-    save_hici(model, tmp_path)
-    save_hici(model, tmp_path)  # over an earlier one of its own kind
-    assert worst(logits(load_hici(tiny(), tmp_path).eval()), expected) < TOLERANCE
-    with pytest.raises(ValueError, match="path must hold no other adapter"):
-        save_hici(randomise_slots(apply_hici(tiny(), hici_config())), tmp_path)
-    assert worst(logits(load_hici(tiny(), tmp_path).eval()), expected) < TOLERANCE
 
 
 def test_a_merged_directory_is_evaluated_as_what_it_is(tmp_path):

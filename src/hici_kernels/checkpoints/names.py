@@ -51,6 +51,11 @@ def lora_parts(name: str) -> tuple[str, str]:
     return found["module"], found["part"]
 
 
+def is_kept_whole(raw: str) -> bool:
+    """Whether the name, as an adapted model has it, is of a module that its adapter trains as a whole."""
+    return ".modules_to_save." in raw
+
+
 def slot_parts(name: str) -> tuple[int, str] | None:
     """Layer and name inside the attention module of a slot tensor, None for any other tensor."""
     found = _LAYER.match(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,20 @@ def run(
     typer.echo(f"{model.name} · {method}" + (f" · history in {store}" if method == "hga" else ""))
     try:
         for text in prompts or _typed():
-            turn = conversation.say(attached + text, max_new_tokens=max_new_tokens, show=_show, **sampling)
+            try:
+                with _Interrupt(asking=not prompts) as interrupt:
+                    turn = conversation.say(
+                        attached + text,
+                        max_new_tokens=max_new_tokens,
+                        show=interrupt.show,
+                        stop=interrupt.asked,
+                        **sampling,
+                    )
+            except KeyboardInterrupt:
+                if prompts:
+                    raise
+                typer.echo("\n[interrupted: this turn is forgotten, and the next one reads everything again]", err=True)
+                continue
             attached = ""
             typer.echo()
             typer.echo(_summary(turn), err=True)
@@ -85,9 +100,38 @@ def _write_chart(turns: list[dict[str, Any]], title: str, path: Path) -> None:
     _outputs.save_chart(figure, path)
 
 
-def _show(piece: str) -> None:
-    typer.echo(piece, nl=False)
-    sys.stdout.flush()
+class _Interrupt:
+    """Shows an answer, and ends it at the first interrupt after it has begun; any other interrupt ends the turn.
+
+    What was read for an answer that is cut short stays in the cache. asking: False leaves interrupts as they are.
+    """
+
+    def __init__(self, asking: bool) -> None:
+        # handlers belong to the main thread
+        self._asking = asking and threading.current_thread() is threading.main_thread()
+        self._begun = self._asked = False
+
+    def __enter__(self) -> _Interrupt:
+        if self._asking:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._asking:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self._asked or not self._begun:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def show(self, piece: str) -> None:
+        self._begun = True
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
 
 
 def _typed() -> Any:

@@ -177,7 +177,9 @@ def topics(
     attention: AttentionOption = "method",
     adapter: AdapterOption = None,
     settings: SetOption = None,
-    counts: Annotated[str, typer.Option("--topics", help="Topics per conversation.")] = "5,10,15,20,25",
+    counts: Annotated[
+        str | None, typer.Option("--topics", help="Topics per conversation.", show_default="5,10,15,20,25")
+    ] = None,
     cases: Annotated[int, typer.Option("--cases", help="Conversations per number of topics.")] = 10,
     file: Annotated[Path | None, typer.Option("--file", help="Cases in LongChat's layout instead of ours.")] = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 50,
@@ -192,7 +194,7 @@ def topics(
         from ..evaluate import topics as task
 
         _outputs.prepare(json, chart)
-        numbers = _numbers("--topics", counts, int)
+        numbers = None if counts is None else _numbers("--topics", counts, int)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
         _finish(task.run(opened, numbers, cases=cases, file=file, seed=seed, new_tokens=new_tokens), json, chart)
 

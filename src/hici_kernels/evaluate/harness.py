@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .. import _optional
+from .. import _checks, _optional
 from .models import Evaluated, open_model
 
 GROUPS = {"longbench": "longbench", "ruler": "ruler"}
@@ -99,6 +99,7 @@ def run(
         include_path: folder of further task files (YAML).
         offline: nothing is fetched; a task whose data is not on this machine fails with the harness's message.
     """
+    _checks.integer("seed", seed, 0, 2**32 - 1)  # of numpy
     require()
     if offline:
         # read by huggingface_hub and datasets when they are imported, which the harness does

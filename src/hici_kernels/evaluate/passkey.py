@@ -47,6 +47,7 @@ def run(
 ) -> dict[str, Any]:
     """Accuracy per length and depth: exact match of the key's tokens in as many new tokens, keys drawn by ``seed``."""
     _checks.integer("trials", trials, 1)
+    _checks.integer("seed", seed, 0)
     for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth must be between 0 and 1, got {depth}")

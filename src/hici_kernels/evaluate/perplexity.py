@@ -93,6 +93,7 @@ def run(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Both protocols at every length."""
+    _checks.integer("seed", seed, 0)
     for name in protocols:
         _checks.choice("protocol", name, PROTOCOLS)
     _checks.integer("stride", stride, 1)

@@ -16,6 +16,7 @@ from .models import Evaluated
 QUESTION = "\n ASSISTANT: The first topic we discussed was"
 STOPS = ("\n USER:", "\nUSER:", " USER:", "\n")
 NEW_TOKENS = 50
+TOPICS = (5, 10, 15, 20, 25)
 _SUBJECTS = (
     "the history of tea", "how tides work", "caring for houseplants", "the rules of chess", "training for a marathon",
     "baking sourdough bread", "the life of bees", "building a shed", "learning to sail", "the moons of Jupiter",
@@ -94,22 +95,28 @@ def score_lines(lines: list[str]) -> float:
 
 def run(
     evaluated: Evaluated,
-    topics: list[int],
+    topics: list[int] | None = None,
     *,
     cases: int = 10,
     file: Path | None = None,
     seed: int = 0,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Accuracy per number of topics; greedy, cut at a line end or at the next "USER:"."""
+    """Accuracy per number of topics; greedy, cut at a line end or at the next "USER:".
+
+    topics: numbers of them in the conversations made here (default 5, 10, 15, 20, 25); those of a file have their own.
+    """
+    if topics is not None and file is not None:
+        raise ValueError(f"topics must be left out with a file, whose cases have their own, got {topics}")
     _checks.integer("cases", cases, 1)
+    _checks.integer("seed", seed, 0)
     groups: dict[int, list[dict[str, Any]]] = {}
     if file is not None:
         for case in read_cases(file):
             groups.setdefault(len(case["topics"]), []).append(case)
         groups = {n: some[:cases] for n, some in sorted(groups.items())}
     else:
-        groups = {n: [make_case(n, seed, i) for i in range(cases)] for n in topics}
+        groups = {n: [make_case(n, seed, i) for i in range(cases)] for n in topics or TOPICS}
     tokenizer = evaluated.tokenizer
     rows, answers = [], []
     for count, some in groups.items():

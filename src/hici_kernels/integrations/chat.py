@@ -127,16 +127,41 @@ class Conversation:
         self.cache: Any = None
 
     def say(
-        self, text: str, *, max_new_tokens: int = 256, show: Callable[[str], None] | None = None, **generation: Any
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 256,
+        show: Callable[[str], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        **generation: Any,
     ) -> Turn:
-        """One turn: the answer's text goes to ``show`` as it comes. Greedy unless ``generation`` says otherwise."""
-        from transformers import TextStreamer
+        """One turn: the answer's text goes to ``show`` as it comes. Greedy unless ``generation`` says otherwise.
+
+        ``stop`` is asked after every token whether the answer ends there. A turn that an exception ends has not been:
+        the messages are those from before, and the cache, of which nobody knows what it read, is freed.
+        """
+        before = list(self.messages)
+        try:
+            return self._turn(text, max_new_tokens, show or (lambda piece: None), stop or (lambda: False), generation)
+        except BaseException:
+            self.messages = before
+            self.close()
+            raise
+
+    def _turn(
+        self,
+        text: str,
+        max_new_tokens: int,
+        show: Callable[[str], None],
+        stop: Callable[[], bool],
+        generation: dict[str, Any],
+    ) -> Turn:
+        from transformers import StoppingCriteriaList, TextStreamer
 
         self.messages.append({"role": "user", "content": text})
         ids = self._tokens()
         reused = self._take_back(ids)
         clock = _Clock()
-        shown = show or (lambda piece: None)
 
         class Streamer(TextStreamer):
             def put(self, value: Tensor) -> None:
@@ -145,7 +170,10 @@ class Conversation:
                 super().put(value)
 
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                shown(text)
+                show(text)
+
+        def asked(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.full((len(ids),), stop(), dtype=torch.bool, device=ids.device)
 
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
@@ -155,6 +183,7 @@ class Conversation:
                 past_key_values=self.cache,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([asked]),
                 **{"do_sample": False, **generation},
             )
         answer = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

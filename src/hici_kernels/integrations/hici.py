@@ -15,6 +15,7 @@ from ..nn.global_integrator import GlobalIntegrator
 from ..nn.local_constructor import LocalConstructor
 from ..nn.slot_attention import SlotAttention, slot_modules
 from .families import hici_config_class
+from .families.base import HiCIModel
 from .hici_cache import HiCILayer, layer_of
 from .host import Host, Note, check_servable, head_counts, is_sliding
 from .masks import new_tokens, register
@@ -126,6 +127,8 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
         host.model.config.__class__ = changed
         if changed is before:  # built as such by from_pretrained: its plain form is what restore() leaves
             note.config_class = before.__mro__[1]
+            kinds = type(host.model).__mro__
+            note.model_class = next(kind for kind in kinds if not issubclass(kind, HiCIModel))
     for attention, (constructor, integrator) in zip(host.attentions, made, strict=True):
         attention.local_constructor, attention.global_integrator = constructor, integrator
         note.handles.append(attention.register_forward_pre_hook(HiCIHook(config, impl), with_kwargs=True))

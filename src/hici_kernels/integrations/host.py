@@ -90,8 +90,10 @@ class Note:
     config_fields: tuple[str, ...] = ()  # added to the config
     config_before: dict[str, Any] = field(default_factory=dict)  # those of them that were there, with their values
     config_class: type | None = None  # of the config before
+    model_class: type | None = None  # what restore leaves of a model that was built with slots
     rotary: nn.Module | None = None  # of the decoder before
     rope_parameters: dict[str, Any] | None = None
+    parted_head: bool = False  # the head has a matrix of its own, which the base model ties to its embedding
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -114,6 +116,8 @@ def restore(model: nn.Module) -> nn.Module:
                 delattr(attention, name)
         if note.config_class is not None:
             host.model.config.__class__ = note.config_class
+        if note.model_class is not None:
+            host.model.__class__ = note.model_class
         for name in note.config_fields:
             vars(host.model.config).pop(name, None)
         vars(host.model.config).update(note.config_before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from ..config import HiCIConfig
 from ..nn.slot_attention import slot_modules
 from .hici import CHILDREN, apply_hici, check_hici
-from .host import Host
+from .host import Host, Note
 from .published import Published, configuration, read
 from .rope_scaling import apply_rope_scaling, linear_factor
 from .save import shared_names
@@ -40,8 +42,10 @@ def load_hici(
 
     Sizes are read from the tensors. What they cannot tell (num_heads, context_mode, segment rule, RoPE factor, and
     lora_alpha where there is LoRA) comes from ``hici_config.json``, ``config.json`` or ``adapter_config.json`` beside
-    the weights, or from the call. Embeddings are resized to the checkpoint's rows (new rows of an untied output
-    embedding are the mean of the old ones, as in the published recipe). Weights take the model's dtype.
+    the weights, or from the call; rsLoRA and alpha patterns from ``adapter_config.json`` only. Embeddings are resized
+    to the checkpoint's rows (new rows of an untied output embedding are the mean of the old ones, as in the published
+    recipe). A head that the model ties to its embedding and the checkpoint holds apart, with other values, becomes a
+    matrix of its own. Weights take the model's dtype.
 
     Returns:
         The model, or with LoRA kept apart a PeftModel around it.
@@ -57,24 +61,26 @@ def load_hici(
     config, factor, alpha = configuration(found, overrides)
     if found.lora and not merge_lora:
         _need_peft()
-    scale = None if alpha is None or not found.lora else alpha / found.rank
     model = _base(model_or_base)
     host = Host.of(model)
     decoder = next(name for name, module in host.model.named_modules() if module is host.decoder)
     found.named_for(f"{decoder}." if decoder else "")
-    rows = _check_fits(host, found, config, factor, merge_lora)
+    head = _head_of_its_own(host, found)
+    rows = _check_fits(host, found, config, factor, merge_lora, head)
     if factor != 1.0 and linear_factor(host) == 1.0:
         apply_rope_scaling(model, "linear", factor)
     apply_hici(model, config)
     _resize(host, rows)
+    if head is not None:
+        _untie(host)
     targets = dict(host.model.named_parameters())
     with torch.no_grad():
         for name, x in _named(host, found):
             targets[name].copy_(x)
-        if merge_lora and scale is not None:
+        if merge_lora and alpha is not None:
             for module, pair in found.lora.items():
                 weight = targets[f"{module}.weight"]
-                delta = scale * (pair["B"].float() @ pair["A"].float())
+                delta = found.scale(module, alpha) * (pair["B"].float() @ pair["A"].float())
                 weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
     if found.lora and not merge_lora:
         assert alpha is not None
@@ -114,7 +120,23 @@ def _base(given: nn.Module | str | Path) -> nn.Module:
     return model
 
 
-def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float, merge_lora: bool) -> int:
+def _head_of_its_own(host: Host, found: Published) -> str | None:
+    """The name of a head that the model ties to its embedding and the checkpoint gives apart; equal, it is dropped."""
+    tied = shared_names(host.model)
+    output = host.model.get_output_embeddings()
+    head = next((f"{name}.weight" for name, m in host.model.named_modules() if m is output), None)
+    if output is None or head is None or head not in found.base or head not in tied:
+        return None
+    embedding = found.base.get(tied[head])
+    if embedding is not None and torch.equal(embedding, found.base[head]):
+        del found.base[head]  # state dicts hold a shared matrix under both names
+        return None
+    return head
+
+
+def _check_fits(
+    host: Host, found: Published, config: HiCIConfig, factor: float, merge_lora: bool, head: str | None
+) -> int:
     """Everything that could fail later, before the model is touched; the embedding rows the checkpoint needs."""
     host.check_free("load_hici")
     check_hici(host)
@@ -131,6 +153,9 @@ def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float,
         raise ValueError(f"the model has {stated}, the checkpoint needs rope_factor {factor}")
     path = {id(module): name for name, module in host.model.named_modules()}
     shapes = {name: p.shape for name, p in host.model.named_parameters()}
+    tied = {name: shapes[own] for name, own in shared_names(host.model).items()}
+    if head is not None:
+        shapes[head] = tied.pop(head)
     embedding: Any = host.model.get_input_embeddings()
     given = found.base.get(f"{path[id(embedding)]}.weight")
     rows = int((embedding.weight if given is None or given.ndim == 0 else given).shape[0])
@@ -152,7 +177,6 @@ def _check_fits(host: Host, found: Published, config: HiCIConfig, factor: float,
         for name, x in tensors.items():
             _check_shape(found, f"{layer}.{name}", x, shapes)
     # LoRA beside a weight that two modules share is beside one of them; added to it, it would be in both
-    tied = {name: shapes[own] for name, own in shared_names(host.model).items()}
     for module, pair in found.lora.items():
         if merge_lora and f"{module}.weight" in tied:
             raise ValueError(
@@ -191,6 +215,15 @@ def _resize(host: Host, rows: int) -> None:
             weight[before:] = mean.to(weight)
 
 
+def _untie(host: Host) -> None:
+    """Give the head a matrix of its own, equal to the embedding it shared, for what training made of it apart."""
+    output: Any = host.model.get_output_embeddings()
+    output.weight = nn.Parameter(output.weight.detach().clone(), output.weight.requires_grad)
+    host.model.config.tie_word_embeddings = False
+    host.notes.append(Note("load_hici", parted_head=True))
+    host.model.all_tied_weights_keys = host.model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def _named(host: Host, found: Published) -> list[tuple[str, Tensor]]:
     path = {id(module): name for name, module in host.model.named_modules()}
     slots = [
@@ -211,9 +244,14 @@ def _need_peft() -> None:
 def _with_adapter(model: nn.Module, found: Published, alpha: float) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    ranks = {re.escape(module): pair["A"].shape[0] for module, pair in found.lora.items()}
+    rank = statistics.mode(ranks.values())
     lora = LoraConfig(
-        r=found.rank,
+        r=rank,
         lora_alpha=alpha,
+        rank_pattern={module: r for module, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(module): a for module, a in found.alphas.items()},
+        use_rslora=bool(found.known.get("use_rslora")),
         lora_dropout=0.0,
         bias="none",
         target_modules=sorted(found.lora),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +40,12 @@ class Published:
     base: dict[str, Tensor] = field(default_factory=dict)
     lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)  # what saved configs say
+    alphas: dict[str, float] = field(default_factory=dict)  # of modules whose LoRA has another than the rest
 
-    @property
-    def rank(self) -> int:
-        ranks = {pair["A"].shape[0] for pair in self.lora.values()}
-        if len(ranks) != 1:
-            raise ValueError(f"{self.source}: all LoRA matrices must have one rank, got {sorted(ranks)}")
-        return ranks.pop()
+    def scale(self, module: str, alpha: float) -> float:
+        """The factor of one module's LoRA product."""
+        rank = self.lora[module]["A"].shape[0]
+        return self.alphas.get(module, alpha) / (math.sqrt(rank) if self.known.get("use_rslora") else rank)
 
     def named_for(self, decoder: str) -> None:
         """Rename what the decoder holds to the names in a model that has its decoder at ``decoder``."""
@@ -57,6 +58,7 @@ class Published:
 
         self.base = {renamed(name): x for name, x in self.base.items()}
         self.lora = {renamed(name): pair for name, pair in self.lora.items()}
+        self.alphas = {renamed(name): alpha for name, alpha in self.alphas.items()}
 
 
 def read(path: str | Path | Sequence[str | Path], *, slots_only: bool = False) -> Published:
@@ -125,9 +127,11 @@ def _saved_configs(found: Published, folder: Path, merged: bool) -> None:
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if name == "adapter_config.json":
-            found.known["lora_alpha"] = content.get("lora_alpha")
-            if content.get("use_rslora") or content.get("use_dora") or content.get("alpha_pattern"):
-                raise ValueError(f"{file} asks for rsLoRA, DoRA or alpha patterns, which are not supported")
+            found.known |= {key: content.get(key) for key in ("lora_alpha", "use_rslora")}
+            found.alphas = _alphas(found, content.get("alpha_pattern") or {}, file)
+            for kind in ("use_dora", "lora_bias", "target_parameters"):
+                if content.get(kind):
+                    raise ValueError(f"{file} has {kind} {content[kind]}, which is not supported")
         elif name == CONFIG_FILE:
             found.known |= content
         else:
@@ -135,6 +139,20 @@ def _saved_configs(found: Published, folder: Path, merged: bool) -> None:
                 found.known |= {"hici": content["hici"]}
             if merged:
                 found.known |= _rope_of_config(content)
+
+
+def _alphas(found: Published, patterns: dict[str, Any], file: Path) -> dict[str, float]:
+    """The first pattern that is the end of a module's name decides, as in PEFT."""
+    alphas: dict[str, float] = {}
+    for pattern, alpha in patterns.items():
+        try:
+            ends = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise ValueError(f"{file}: alpha_pattern must map expressions to numbers, got {pattern!r}") from error
+        _checks.number(f"alpha_pattern[{pattern!r}] of {file}", alpha)
+        for module in filter(ends.match, found.lora):
+            alphas.setdefault(module, float(alpha))
+    return alphas
 
 
 def _rope_of_config(content: dict[str, Any]) -> dict[str, Any]:

@@ -17,23 +17,28 @@ from .host import Host
 from .published import CONFIG_FILE
 from .rope_scaling import linear_factor
 
+# beginnings of LoRA that leave the weights beside it as they are
+_BESIDE = (True, False, "gaussian", "eva", "orthogonal")
+
 
 def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ()) -> None:
     """Save what HiCI training changes, in the published layout: a base model and this directory give the model again.
 
     Writes ``trainable_params.safetensors`` (embeddings, norms and slot modules, under the base model's names, in their
     own dtype), ``hici_config.json`` (what shapes cannot tell: the HiCIConfig and the RoPE factor) and, where the model
-    carries LoRA, ``adapter_model.safetensors`` and ``adapter_config.json``; of an adapter that trains biases (``bias``
-    not "none"), every bias too. Other weights are taken to be those of the base model and are not written.
+    carries LoRA, ``adapter_model.safetensors`` and ``adapter_config.json``. Also what an adapter trains as a whole
+    (``modules_to_save``), every bias where it trains biases (``bias`` not "none"), and a head that the base model ties
+    to its embedding and training has parted from it. Other weights are taken to be those of the base model and are
+    not written.
 
     Args:
         also: names, as the base model has them, of further tensors that training changed. :func:`load_hici` takes them
             from the same file.
 
     Raises:
-        ValueError: the model has no slots, more than one adapter, one that is not LoRA or is merged into the weights,
-            RoPE scaling of another kind than linear, or no tensor of a name in ``also``; path holds an adapter that
-            the model does not carry.
+        ValueError: the model has no slots, more than one adapter, one that is not LoRA, changes the base model's
+            weights where it begins (PiSSA, OLoRA and others) or is merged into them, RoPE scaling of another kind than
+            linear, or no tensor of a name in ``also``; path holds an adapter that the model does not carry.
     """
     path = Path(path)
     host, config = Host.of(model), config_of(model)
@@ -44,6 +49,7 @@ def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ())
     tensors = host.model.state_dict()
     lora = _lora_config(model) if any(names.is_lora(raw) for raw in tensors) else None
     biases, wanted = getattr(lora, "bias", "none") != "none", set(also)
+    wanted |= _parted_head(host)
     trainable: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
     for raw, x in tensors.items():
@@ -53,7 +59,12 @@ def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ())
         if names.is_lora(name):
             module, part = names.lora_parts(name)
             adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x
-        elif names.is_trainable(name) or name in wanted or (biases and name.endswith(".bias")):
+        elif (
+            names.is_trainable(name)
+            or names.is_kept_whole(raw)
+            or name in wanted
+            or (biases and name.endswith(".bias"))
+        ):
             trainable[name] = x
     absent = sorted(wanted - set(trainable))
     if absent:
@@ -106,6 +117,8 @@ def merge_hici(model: nn.Module, path: str | Path, keep_slots: bool) -> None:
         vars(written).pop("hici", None)
         architecture = architecture.removeprefix("HiCI")
     written.architectures = [architecture]
+    if _parted_head(host):
+        written.tie_word_embeddings = False
     written.save_pretrained(path)
     if keep_slots:
         files.write_text(
@@ -169,8 +182,33 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _effective(module: Any) -> Any:
+    """The module that computes: the active copy where an adapter keeps one whole."""
+    copies = getattr(module, "modules_to_save", None)
+    return module if copies is None else copies[module.active_adapters[0]]
+
+
+def _parted_head(host: Host) -> set[str]:
+    """The head's weight, where the base model ties it to the embedding and training has parted them."""
+    output: Any = host.model.get_output_embeddings()
+    tied = host.model.config.get_text_config().tie_word_embeddings or any(note.parted_head for note in host.notes)
+    if output is None or not tied:
+        return set()
+    module = _effective(output)
+    if module.weight is _effective(host.model.get_input_embeddings()).weight:
+        return set()
+    path = next(name for name, m in host.model.named_modules() if m is module)
+    return {str(names.canonical(f"{path}.weight"))}
+
+
 def _lora_config(model: nn.Module) -> Any:
     configs = getattr(model, "peft_config", {})
     if len(configs) != 1:
         raise ValueError(f"model must carry one adapter, got {len(configs)}")
-    return next(iter(configs.values()))
+    (lora,) = configs.values()
+    if lora.init_lora_weights not in _BESIDE:
+        raise ValueError(
+            f"the adapter's init_lora_weights must be one of {_BESIDE}, got {lora.init_lora_weights!r}: it takes "
+            "something out of the base model's weights, which the adapter alone does not tell. merge_hici keeps it"
+        )
+    return lora

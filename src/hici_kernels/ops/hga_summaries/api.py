@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import check_impl
+from ...config import LARGEST_CHUNK
 from ...rope import Rope
 from .op import summaries_forward
 
@@ -36,7 +37,7 @@ def hga_summaries(
         rope: of the keys; only inv_freq is read.
         positions: int [S] or [B, S], RoPE positions of the keys; default consecutive. Only differences within a chunk
             matter: an offset changes nothing.
-        chunk_size: C tokens; the S mod C tokens of the last, open chunk are left out.
+        chunk_size: C tokens, at most 1,048,576; the S mod C tokens of the last, open chunk are left out.
         group_size: tokens per group, divides C; M = C / group_size.
         impl: implementation name, or None for the fastest that serves the call.
 
@@ -56,8 +57,8 @@ def hga_summaries(
     if d < 1:
         raise ValueError(f"k must have head_dim at least 1, got shape {tuple(k.shape)}")
     check_rope(rope, d)
-    _checks.integer("chunk_size", chunk_size, 1)
-    _checks.integer("group_size", group_size, 1)
+    _checks.integer("chunk_size", chunk_size, 1, LARGEST_CHUNK)
+    _checks.integer("group_size", group_size, 1, LARGEST_CHUNK)
     if chunk_size % group_size:
         raise ValueError(f"group_size must divide chunk_size {chunk_size}, got {group_size}")
     if positions is not None:
