@@ -138,13 +138,46 @@ def test_long_calls_in_place(dtype, routing: str, limits: dict, tmp_path, monkey
 
 
 @needs_native
-def test_a_limit_without_room_for_masks_is_kept(monkeypatch) -> None:
-    monkeypatch.setattr(in_place, "SMALL_BYTES", 0)
+@pytest.mark.parametrize("masks", [1000, 20_000, in_place.MASK_BYTES])
+def test_limits_change_no_bits(masks: int, tmp_path, monkeypatch) -> None:
+    """The least host memory that holds the history, or the bank and its lists, gives what any amount gives."""
+    monkeypatch.setattr(in_place, "MASK_BYTES", masks)
     config = small(topk_chunks=3, topk_groups=5)
     q, k, v = tensors(400, b=2, hq=8, d=32, seed=7, dtype=torch.float32)
-    target = store(config, k, tier="host", host_bytes=500_000)
-    close(feed(target, q, k, v, [160, 200]), full(q, k, v, config).out, 1e-5)
-    assert target.stats()["peak_bytes"]["host"] <= 500_000
+    cuts = [160, 200]
+    want = feed(store(config, k), q, k, v, cuts)
+    for tier in ("host", "disk"):
+        place = {"path": tmp_path} if tier == "disk" else {}
+        with store(config, k, tier=tier, **place) as free:
+            assert torch.equal(feed(free, q, k, v, cuts), want)
+            held = free.stats()["peak_bytes"]["host"]
+        tried = 0
+        for limit in (x for size in (held, 60_000, 30_000, 20_000) for x in range(size, size + 9000, 4500)):
+            try:
+                with store(config, k, tier=tier, **place, host_bytes=limit) as target:
+                    got = feed(target, q, k, v, cuts)
+                    assert target.stats()["peak_bytes"]["host"] <= limit
+            except ValueError as error:
+                assert "host_bytes" in str(error)
+                continue
+            tried += 1
+            assert torch.equal(got, want)
+        assert tried >= (2 if tier == "host" else 4)
+
+
+@needs_native
+def test_limits_change_no_bits_of_a_long_call() -> None:
+    """Its masks are larger than what the history leaves of the limit."""
+    config = small(topk_chunks=3, topk_groups=5)
+    q, k, v = tensors(15_100, hq=8, hkv=1, d=16, seed=7, dtype=torch.float32)
+    cuts = [*range(2000, 14_001, 2000)]
+    with store(config, k, tier="host") as free:
+        want = feed(free, q, k, v, cuts)
+        held = free.stats()["resident_bytes"]["host"]
+    room = 100_000
+    assert room < in_place.mask_bytes(config, 8, 1024, 5, 15_100) < in_place.MASK_BYTES
+    with store(config, k, tier="host", host_bytes=held + room) as target:
+        assert torch.equal(feed(target, q, k, v, cuts), want)
 
 
 def test_a_long_mask_does_not_fit_and_is_brought_together() -> None:

@@ -18,12 +18,10 @@ from .layer import LayerState
 from .layout import Layout
 
 #: Queries attended at once, fewer where the masks of one list would take more than MASK_BYTES; pages of a list that do
-#: are attended LIST_BYTES at a time. The same in every tier, so that every tier gives the same bits.
-QUERIES, MASK_BYTES, LIST_BYTES = 1024, 64 << 20, 64 << 20
+#: are attended LIST_BYTES at a time. The same in every tier and under every limit, so that all give the same bits.
+QUERIES, MASK_BYTES, LIST_BYTES = 1024, 8 << 20, 64 << 20
 #: Queries of a call that is attended at once for all rows and kv heads, as long as its masks are small.
 FEW = 16
-#: Bytes of masks that no limit counts.
-SMALL_BYTES = 1 << 20
 
 
 class Lists(NamedTuple):

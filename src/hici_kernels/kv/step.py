@@ -126,10 +126,9 @@ class Engine:
             routes = self._route(state, q, recent, place, max(after, default=0) // c, impl)
             kept = {n: x.detach().clone() if apart and x is new[n] else x.detach() for n, x in recent.items()}
             step = Step(kept, after, mask, t)
-            out = None
             if not apart and in_place.serves(self.config, self.layout, q, impl):
                 out = self._attend_in_place(state, q, recent, place, routes)
-            if out is None:
+            else:
                 out = self._attend(state, q, recent, place, total, routes, impl)
         return out, step
 
@@ -342,8 +341,7 @@ class Engine:
 
     def _attend_in_place(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
-    ) -> Tensor | None:
-        """None where a limit leaves no room."""
+    ) -> Tensor:
         b, t, hq, width = routes.shape
         layout, like = self.layout, in_place.like_pages(recent, self.layout)
         if t <= in_place.FEW and like:
@@ -351,18 +349,12 @@ class Engine:
             state.last_pages = found.number if b == 1 else found.number.unique()
             return self._attend_lists(found, q, place)
         copied = 0 if like else sum(recent[n].nbytes for n in "kv")
-        # another way to attend would have other bits
-        self.meter.require("device", copied, f"a call of {t} tokens")
-        r, last, left = hq // layout.kv_heads, int(place.max()), self.meter.left("host")
-        allowed = in_place.MASK_BYTES if left is None else max(left, in_place.SMALL_BYTES)
-        room = min(allowed, in_place.MASK_BYTES)
-        size = in_place.QUERIES
-        while size > 1 and in_place.mask_bytes(self.config, r, min(size, t), width, last) > room:
+        r, last, size = hq // layout.kv_heads, int(place.max()), in_place.QUERIES
+        while size > 1 and in_place.mask_bytes(self.config, r, min(size, t), width, last) > in_place.MASK_BYTES:
             size //= 2
         one = in_place.mask_bytes(self.config, r, min(size, t), width, last)
-        if left is not None and one > allowed:
-            return None
-        units = in_place.units(b, layout.kv_heads, b * layout.kv_heads if t <= in_place.FEW else room // max(1, one))
+        together = b * layout.kv_heads if t <= in_place.FEW else in_place.MASK_BYTES // max(1, one)
+        units = in_place.units(b, layout.kv_heads, together)
         pages = []
         with self.meter.scratch("device", copied, f"a call of {t} tokens"):
             near = {n: in_place.by_heads(recent[n]) for n in "kv"} if copied else recent
@@ -370,14 +362,10 @@ class Engine:
             for start in range(0, t, size):
                 now = slice(start, min(start + size, t))
                 for rows, heads in units:
-                    masks = one * (rows.stop - rows.start) * (heads.stop - heads.start)
-                    counted = masks if masks > in_place.SMALL_BYTES else 0
                     of = slice(heads.start * r, heads.stop * r)
-                    at = place[rows, now].contiguous()
-                    with self.meter.scratch("host", counted, f"the pages that {now.stop - start} queries see"):
-                        route = routes[rows, now, of].contiguous()
-                        found = in_place.lists(state, self.config, layout.pages, near, at, route, (rows, heads))
-                        out[rows, now, of] = self._attend_lists(found, q[rows, now, of], at)
+                    at, route = place[rows, now].contiguous(), routes[rows, now, of].contiguous()
+                    found = in_place.lists(state, self.config, layout.pages, near, at, route, (rows, heads))
+                    out[rows, now, of] = self._attend_lists(found, q[rows, now, of], at)
                     pages.append(found.number)
         # of a call so long that it was cut, nothing is read ahead
         state.last_pages = torch.cat(pages).unique()
