@@ -366,7 +366,6 @@ DAMAGES = {
     "lora-shape": (0, changed(f"1.self_attn.{LC}.q_proj.lora_A", lambda x: x[:, :5]), r"q_proj is for \(16, 5\)"),
     "lora-unknown": (0, with_lora(f"{LC}.foo", (2, 64), (16, 2)), r"holds LoRA for model.layers.1.*foo, which"),
     "lora-inner": (0, changed(f"{GI}.v_proj.lora_B", lambda x: x[:, :1]), r"v_proj must be A \[rank, in\] and B"),
-    "lora-ranks": (0, with_lora(f"{GI}.expand", (3, 16), (64, 3)), r"must have one rank, got \[2, 3\]"),
 }
 
 

@@ -101,6 +101,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter() -> Iterator[None]:
+    if not INTERPRETED or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from quick_interpreter import quick
+
+    with quick():
+        yield
+
+
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the gathering by the references, which are quicker than the interpreter."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from quick_interpreter import quick
 
 from hici_kernels import HGAConfig, ImplError, Rope
 from hici_kernels.ops.hga_attention import triton as launch
@@ -17,12 +16,6 @@ pytest.importorskip("triton.language")
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def quickly():
-    with quick():
-        yield
 
 
 def config(**changes):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from attention_cases import other_order, rounding
-from quick_interpreter import quick
 from test_hga_attention import DTYPES, NAN, config, tensors
 
 from hici_kernels import HGAConfig, ImplError, Rope
@@ -29,8 +28,8 @@ NAMES = ("dq", "dk", "dv")
 
 
 @pytest.fixture(autouse=True)
-def quickly():
-    with quick(), tiles():
+def small_tiles():
+    with tiles():
         yield
 
 

@@ -6,7 +6,6 @@ Those that take few and short calls: an interpreted call takes tenths of a secon
 import pytest
 import test_properties as properties
 import torch
-from quick_interpreter import quick
 from sides import Side
 
 pytest.importorskip("triton.language")
@@ -16,8 +15,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture
 def on():
-    with quick():
-        yield Side("triton", torch.float32, 1e-5, exact=False)
+    return Side("triton", torch.float32, 1e-5, exact=False)
 
 
 test_p03_short_input = properties.test_p03_short_input

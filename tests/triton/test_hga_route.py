@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from quick_interpreter import quick
 
 from hici_kernels import HGAConfig, ImplError
 from hici_kernels.ops.hga_route import triton as launch
@@ -19,12 +18,6 @@ pytest.importorskip("triton.language")
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def quickly():
-    with quick():
-        yield
 
 
 def config(**changes):

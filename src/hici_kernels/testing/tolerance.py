@@ -12,18 +12,28 @@ def budget(oracle: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
     ``oracle`` is the float64 truth, ``plain`` the plain PyTorch computation in ``dtype``. Infinite entries (the
     log-sum-exp of rows that see nothing) must agree exactly and do not count.
     """
-    finite = oracle.isfinite()
-    scale = float(oracle[finite].abs().max()) if finite.any() else 0.0
-    return max(2 * error(oracle, plain), 2 * torch.finfo(dtype).eps * scale)
+    return max(2 * error(oracle, plain), 2 * torch.finfo(dtype).eps * _largest(oracle))
 
 
 def error(oracle: Tensor, result: Tensor) -> float:
     """Largest absolute difference over finite entries of ``oracle``; infinite if the other entries differ."""
     result = result.double()
+    difference = float((oracle - result).abs().max()) if oracle.numel() else 0.0
+    if difference < float("inf"):  # then every entry of both is finite
+        return difference
     finite = oracle.isfinite()
     if not torch.equal(oracle[~finite], result[~finite]) or not result[finite].isfinite().all():
         return float("inf")
-    return float((oracle - result)[finite].abs().max()) if finite.any() else 0.0
+    return _largest((oracle - result)[finite])
+
+
+def _largest(x: Tensor) -> float:
+    """Largest magnitude of the finite entries."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if largest < float("inf"):
+        return largest
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def assert_within_budget(oracle: Tensor, result: Tensor, plain: Tensor, what: str = "result") -> None:
