@@ -13,15 +13,24 @@ from . import _optional
 T = TypeVar("T")
 
 
-def prepare(json_path: Path | None, chart_path: Path | None = None) -> None:
+def prepare(json_path: Path | None, chart_path: Path | None = None, *, kept: Iterable[Path | None] = ()) -> None:
     """Make the folders of the files named by --json and --chart.
+
+    Args:
+        kept: other files of the command, read or written, which these must not replace.
 
     Raises:
         ValueError: naming the option, where its file could not be written, or charts not be drawn.
     """
+    taken = {path.resolve() for path in kept if path is not None}
     for option, path in (("--json", json_path), ("--chart", chart_path)):
         if path is None:
             continue
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{option} must be a file of its own, got {str(path)!r}, which the command has another use for"
+            )
+        taken.add(path.resolve())
         if path.is_dir():
             raise ValueError(f"{option} must be a file, got the folder {str(path)!r}")
         try:

@@ -66,3 +66,31 @@ def test_convert(tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         convert(tmp_path / "trainable_params.bin")
     assert not list(tmp_path.glob(".*tmp"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"a": torch.eye(3).to_sparse()}, "'a', which is sparse_coo"),
+        ({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "'a', which is quantised"),
+        ({"__metadata__": torch.ones(3)}, "a tensor named '__metadata__'"),
+        (None, "cannot be read as plain data"),
+    ],
+)
+def test_what_has_no_place_in_a_safetensors_file_is_refused(tensors, says, tmp_path):
+    if tensors is None:
+        (tmp_path / "a.bin").write_bytes(b"")
+    else:
+        torch.save(tensors, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=says):
+        convert(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("index", ["{}", "[", '{"weight_map": {"n": 3}}'])
+def test_an_index_is_read_before_anything_is_written(index, tmp_path):
+    torch.save({"n": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json"):
+        convert(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

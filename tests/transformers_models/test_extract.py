@@ -121,3 +121,66 @@ def test_extract_from_plain_weights(tmp_path):
     save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, empty / "model.safetensors")
     with pytest.raises(ValueError, match="none of local_constructor"):
         extract(empty, tmp_path / "none")
+
+
+def test_extract_keeps_everything_trained_and_nothing_foreign(tmp_path):
+    """What a run holds in the published layout already is taken whole; files of another checkpoint are not kept."""
+    state = training_state()
+    lora = {k: x for k, x in state.items() if "lora" in k}
+    own = {k[17:].replace(".base_layer.", "."): x for k, x in state.items() if k not in lora}
+    for name, held in (("lora", lora), ("whole", {})):
+        (tmp_path / name).mkdir()
+        save_file(own, tmp_path / name / "trainable_params.safetensors")
+        if held:
+            save_file(held, tmp_path / name / "adapter_model.safetensors")
+    lines: list[str] = []
+    extract(tmp_path / "whole", tmp_path / "out", progress=lines.append)
+    assert set(load_file(tmp_path / "out" / "trainable_params.safetensors")) == set(own)
+    assert not any("left out" in line for line in lines)
+    index = tmp_path / "out" / "trainable_params.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "b"}}', encoding="utf-8")
+    extract(tmp_path / "lora", tmp_path / "out")
+    assert not index.exists()
+    written = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="must hold no other adapter"):
+        extract(tmp_path / "whole", tmp_path / "out")
+    with pytest.raises(ValueError, match="out must be another directory than the run"):
+        extract(tmp_path / "out", tmp_path / "lora" / ".." / "out", dtype=torch.bfloat16)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == written
+    two = tmp_path / "two"
+    two.mkdir()
+    torch.save(state | {k.replace("default", "other"): x for k, x in lora.items()}, two / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="more than once: the run must carry one adapter"):
+        extract(two, tmp_path / "none")
+    torch.save(state, two / "pytorch_model.bin")
+    extract(two, tmp_path / "published", progress=lines.append)
+    assert any("left out, as of the base model: " in line for line in lines)
+
+
+def test_damaged_shards_are_named(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    step = tmp_path / "run" / "global_step7"
+    step.mkdir(parents=True)
+    optimizer, model = step / "zero_pp_rank_0_mp_rank_00_optim_states.pt", step / "mp_rank_00_model_states.pt"
+    good = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": []}}
+    torch.save(good, optimizer)
+    for content in ({}, {"param_shapes": 3}):
+        torch.save(content, model)
+        with pytest.raises(ValueError, match="global_step7 is not laid out as ZeRO leaves it"):
+            extract(tmp_path / "run", tmp_path / "out")
+    for damaged in (optimizer, model):
+        held = damaged.read_bytes()
+        for content in (b"", held[: len(held) // 2]):
+            damaged.write_bytes(content)
+            with pytest.raises(ValueError, match=f"{damaged.name} cannot be read as plain data"):
+                extract(tmp_path / "run", tmp_path / "out")
+        damaged.write_bytes(held)
+    sharded = tmp_path / "sharded" / "fsdp"
+    dcp.save(training_state(), checkpoint_id=sharded, no_dist=True)
+    (shard,) = sharded.glob("*.distcp")
+    for content in (shard.read_bytes()[:1000], None):
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(ValueError, match="fsdp cannot be read"):
+            extract(tmp_path / "sharded", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -47,8 +47,11 @@ def run(
     subjects = HGA_SUBJECTS if suite == HGA else SUBJECTS
     chosen = _names("--op", ops, subjects) or list(subjects)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
-    kind = next(iter(_names("--dtype", dtype, tuple(DTYPES))), None)
-    _names("--suite", suite, (*SUITES, HGA, "gpu"))
+    kind = dtype
+    if kind is not None and kind not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {kind!r}")
+    if suite not in (*SUITES, HGA, "gpu"):
+        raise ValueError(f"--suite must be one of {', '.join((*SUITES, HGA, 'gpu'))}, got {suite!r}")
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:

@@ -48,6 +48,10 @@ def convert(path: str | Path, *, remove: bool = False, progress: Callable[[str],
     if len(set(targets.values())) < len(targets):
         twice = sorted(str(t) for t in targets.values() if list(targets.values()).count(t) > 1)[0]
         raise ValueError(f"{path} holds two files that would both become {twice}")
+    contents = {}
+    for index in indices:
+        named = {name: _renamed(file) for name, file in files.weight_map(index).items()}
+        contents[index] = {**json.loads(index.read_text(encoding="utf-8")), "weight_map": named}
     written = []
     for source in sources:
         tensors = _tensors(source)
@@ -56,9 +60,7 @@ def convert(path: str | Path, *, remove: bool = False, progress: Callable[[str],
         written.append(targets[source])
         if progress is not None:
             progress(f"{source.name} -> {targets[source].name} ({len(tensors)} tensors)")
-    for index in indices:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {name: _renamed(file) for name, file in content["weight_map"].items()}
+    for index, content in contents.items():
         files.write_text(targets[index], json.dumps(content, indent=2, sort_keys=True) + "\n")
         written.append(targets[index])
     if remove:
@@ -73,7 +75,14 @@ def _tensors(source: Path) -> dict[str, Tensor]:
         beside = sorted(str(key) for key in held if key != "state_dict")[0]
         raise ValueError(f"{source} holds {beside!r} beside its tensors, which a .safetensors file would lose")
     del held
-    return dict(files.read(source))
+    tensors = dict(files.read(source))
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.is_quantized:
+            kind = "quantised" if x.is_quantized else str(x.layout).removeprefix("torch.")
+            raise ValueError(f"{source} holds {name!r}, which is {kind}: .safetensors files hold plain tensors")
+        if name == "__metadata__":
+            raise ValueError(f"{source} holds a tensor named {name!r}, which .safetensors files use for themselves")
+    return tensors
 
 
 def _renamed(name: str) -> str:

@@ -25,8 +25,9 @@ def extract(
     The run is a directory with ZeRO shards (stages 1 to 3; ``latest`` or ``global_step*`` inside, or the step itself),
     a sharded torch.distributed checkpoint (FSDP), or plain weights (model or adapter files, sharded or not). Names with
     "lora" go to the adapter, without the adapter's name; embeddings, norms and slot modules to the other file, under
-    the base model's names, scalars as scalars (DeepSpeed runs hold them as [1]). An ``adapter_config.json`` or
-    ``hici_config.json`` of the run is copied.
+    the base model's names, scalars as scalars (DeepSpeed runs hold them as [1]), and everything that the run itself
+    has in a ``trainable_params`` file. Other weights are taken to be those of the base model and left out, which
+    ``progress`` is told. An ``adapter_config.json`` or ``hici_config.json`` of the run is copied.
 
     Args:
         dtype: of the written LoRA matrices; default as stored (float32 from ZeRO). Others are written as stored.
@@ -36,14 +37,19 @@ def extract(
         Number of tensors in each file.
 
     Raises:
-        ValueError: no weights found, shards missing, no slot modules or none of a name in ``also`` among them; nothing
-            has been written then.
+        ValueError: no weights found, shards missing or damaged, more than one adapter, no slot modules or none of a
+            name in ``also`` among them; ``out`` is ``run``, or holds an adapter that the run has not. Nothing has been
+            written then.
     """
     run, out = Path(run), Path(out)
     if not run.is_dir():
         raise ValueError(f"{run} is not a directory")
+    if out.resolve() == run.resolve():
+        raise ValueError(f"out must be another directory than the run, got {str(out)!r}")
     say = progress or (lambda line: None)
     tensors = _weights(run, say)
+    trained = {raw for path in files.shards(run, "trainable_params") for raw, _ in files.read(path)}
+    left: list[str] = []
     adapter: dict[str, Tensor] = {}
     trainable: dict[str, Tensor] = {}
     for raw, x in tensors.items():
@@ -52,15 +58,26 @@ def extract(
             continue
         if names.is_lora(name):
             module, part = names.lora_parts(name)
-            adapter[f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"] = x if dtype is None else x.to(dtype)
-        elif names.is_trainable(name) or name in also:
-            trainable[name] = x.reshape(()) if name.endswith(".expand_scale_param") else x
+            name = f"{names.PEFT_PREFIX}{module}.lora_{part}.weight"
+            target, x = adapter, x if dtype is None else x.to(dtype)
+        elif names.is_trainable(name) or names.is_kept_whole(raw) or name in also or raw in trained:
+            target, x = trainable, x.reshape(()) if name.endswith(".expand_scale_param") else x
+        else:
+            left.append(name)
+            continue
+        if name in target:
+            raise ValueError(f"{run} holds {name} more than once: the run must carry one adapter")
+        target[name] = x
     if not any(names.slot_parts(name) for name in trainable):
         raise ValueError(f"{run} holds {len(tensors)} tensors, but none of local_constructor or global_integrator")
     for name in also:
         if name not in trainable:
             raise ValueError(f"{run} holds no tensor {name!r}")
+    files.check_adapter(out, bool(adapter))
+    if left:
+        say(f"left out, as of the base model: {len(left)} other tensors, first {left[0]}")
     counts = {"trainable_params": len(trainable)}
+    files.clear_shards(out)
     files.write(out / "trainable_params.safetensors", trainable)
     if adapter:
         files.write(out / "adapter_model.safetensors", adapter)

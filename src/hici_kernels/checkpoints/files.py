@@ -55,7 +55,7 @@ def load_plain(path: Path) -> Any:
             raise
         raise ValueError(
             f"{path} cannot be read as plain data, and this library never runs code from a weight file: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
 
 
@@ -69,7 +69,7 @@ def shards(directory: Path, stem: str) -> list[Path]:
     for suffix in (".safetensors", ".bin"):
         index = directory / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(weight_map(index).values()))
             missing = [n for n in names if not (directory / n).is_file()]
             if missing:
                 raise ValueError(f"{index} names {missing[0]}, which is not there")
@@ -78,6 +78,38 @@ def shards(directory: Path, stem: str) -> list[Path]:
         if single.is_file():
             return [single]
     return []
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as an index of shards names it.
+
+    Raises:
+        ValueError: it is not such an index.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index} is not JSON: {error}") from error
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to files")
+    return found
+
+
+def check_adapter(directory: Path, carried: bool) -> None:
+    """
+    Raises:
+        ValueError: the directory holds an adapter, and what will be written there carries none to replace it.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"):
+        if not carried and (directory / name).exists():
+            raise ValueError(f"{directory} must hold no other adapter, it has {name} and what is saved carries none")
+
+
+def clear_shards(directory: Path) -> None:
+    """Remove the indices of shards that were here before, which would be read instead of whole files."""
+    for stem in ("trainable_params", "adapter_model"):
+        (directory / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 _ALLOWED: dict[str, set[str] | None] = {
@@ -57,19 +58,23 @@ def weights(directory: Path) -> dict[str, Tensor]:
     """All tensors by name, in their stored dtype.
 
     Raises:
-        ValueError: the table of contents cannot be read.
+        ValueError: the table of contents or a shard cannot be read.
     """
     reader = _Reader(directory)
     try:
         metadata = reader.read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError) as error:
         raise ValueError(f"{directory / '.metadata'} cannot be read: {error}") from error
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(("optimizer.", "optim."))
     }
-    load(wanted, storage_reader=reader, no_dist=True)
+    try:
+        load(wanted, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # of the shards; no Exception to Python
+        reason = next((str(cause[0]) for cause in error.failures.values()), str(error)).splitlines()
+        raise ValueError(f"{directory} cannot be read: {reason[-1] if reason else 'a shard is damaged'}") from error
     # trainers put the whole state dict of the model under one more name
     for head in ("app.model.", "model.", "module."):
         below = (f"{head}model.", f"{head}base_model.")

@@ -52,6 +52,13 @@ def weights(step: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: shards missing, of another optimizer, or that do not fit each other.
     """
+    try:
+        return _weights(step)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{step} is not laid out as ZeRO leaves it: {type(error).__name__} {error}") from error
+
+
+def _weights(step: Path) -> dict[str, Tensor]:
     optimizers = [_load(p) for p in _ranked(step, "optim_states.pt")]
     models = [_load(p) for p in _ranked(step, "model_states.pt")]
     if not models:
@@ -132,7 +139,7 @@ def _ranked(step: Path, ending: str) -> list[Path]:
 def _load(path: Path) -> dict[str, Any]:
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # not a zip file: the oldest format, which cannot be listed
+    except (ValueError, RuntimeError):  # not a zip file (the oldest format, which cannot be listed), or a damaged one
         return files.load_plain(path)
     shells: list[Any] = [(type("Shell", (_Shell,), {}), name) for name in unknown if name.startswith("deepspeed.")]
     with torch.serialization.safe_globals(shells):

@@ -43,7 +43,7 @@ def run(
         raise ValueError(f"--temperature must not be negative, got {temperature}")
     attached = "" if file is None else file.read_text(encoding="utf-8") + "\n\n"
     values = fields(settings)
-    _outputs.prepare(json_path, chart_path)
+    _outputs.prepare(json_path, chart_path, kept=(file,))
     opened = open_model(
         model, method, config=values, adapter=adapter, store=store, device=device, dtype=_dtype(dtype),
         **fields(store_settings, "--store-set"),

@@ -39,6 +39,11 @@ def merge(base: Path, checkpoint: Path, out: Path, keep_slots: bool, settings: l
 
     if not (base / "config.json").is_file():
         raise ValueError(f"{base} is not a model directory: it has no config.json")
+    for name, given in (("base", base), ("checkpoint", checkpoint)):
+        if out.resolve() == given.resolve():
+            raise ValueError(f"out must be another directory than the {name}, got {str(out)!r}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a directory, got the file {str(out)!r}")
     values = fields(settings)
     model: Any = base
     if dtype is not None or checkpoint.resolve() != base.resolve():

@@ -90,14 +90,18 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Token file to write.")],
     model: ModelOption = "demo",
     whole: Annotated[bool, typer.Option("--whole", help="Encode all at once with special tokens (Llama-2).")] = False,
-    piece: Annotated[int, typer.Option("--piece", help="Characters encoded at a time otherwise.")] = 1_000_000,
+    piece: Annotated[
+        int | None, typer.Option("--piece", help="Characters encoded at a time otherwise.", show_default="1000000")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Tokenise text into a flat memory map (uint16 up to 65535 symbols, else uint32)."""
     with _errors():
         from ..evaluate import tokens
 
-        _outputs.prepare(json)
+        if whole and piece is not None:
+            raise ValueError(f"--piece has no meaning with --whole, got {piece}")
+        _outputs.prepare(json, kept=(*text, out, Path(f"{out}.json")))
         tokenizer: Any = tokens.ByteTokenizer()
         if model != "demo":
             from transformers import AutoTokenizer
@@ -105,7 +109,8 @@ def prepare(
             if not Path(model).is_dir():
                 raise ValueError(f"model must be a directory or 'demo', got {model!r}")
             tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        record = tokens.prepare(text, tokenizer, out, piece=None if whole else piece)
+        size = None if whole else 1_000_000 if piece is None else piece
+        record = tokens.prepare(text, tokenizer, out, piece=size)
         typer.echo(f"{record['tokens']:,} tokens ({record['dtype']}) in {out}")
         if json is not None:
             _outputs.write_json(json, {**record, "file": str(out)})
@@ -133,7 +138,7 @@ def ppl(
     with _errors():
         from ..evaluate import perplexity, tokens
 
-        _outputs.prepare(json, chart)
+        _outputs.prepare(json, chart, kept=(data, Path(f"{data}.json")))
         sizes = _numbers("--lengths", lengths, int)
         chosen = perplexity.PROTOCOLS if protocol == "both" else (protocol,)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
@@ -193,7 +198,7 @@ def topics(
     with _errors():
         from ..evaluate import topics as task
 
-        _outputs.prepare(json, chart)
+        _outputs.prepare(json, chart, kept=(file,))
         numbers = None if counts is None else _numbers("--topics", counts, int)
         opened = _open(model, method, attention, adapter, settings, dtype, device)
         _finish(task.run(opened, numbers, cases=cases, file=file, seed=seed, new_tokens=new_tokens), json, chart)

@@ -36,13 +36,16 @@ def run(
 
     values: dict[str, Any] = dict(SFT) if kind == "answers" else {}
     if recipe_path is not None:
-        content = json.loads(recipe_path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(recipe_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{recipe_path} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{recipe_path} must hold a JSON object, got {type(content).__name__}")
-        values |= {k: v for k, v in content.items() if k not in ("kind", "data")}
+        values |= {k: v for k, v in content.items() if k not in ("kind", "data", "model", "checkpoint")}
     values |= fields(settings)
     made = Recipe.from_dict(values)
-    _outputs.prepare(json_path, chart_path)
+    _outputs.prepare(json_path, chart_path, kept=(*data, recipe_path))
     done = train(
         model, data, out, made, kind=kind, engine=engine, checkpoint=adapter, resume=resume,
         report_to=report_to,

@@ -68,7 +68,8 @@ def leak_test(
         raise ValueError("logits must be numbers, got NaN")
     # one logit may be huge (or -inf, of a token that is ruled out): each is held against its own size
     scale = before.abs().clamp(min=1.0)
-    places = [length * (2 * i + 1) // (2 * cuts) + 37 for i in range(cuts)]
+    # even and odd ones in turn: a leak may be between the two tokens of a pair only
+    places = [length * (2 * i + 1) // (2 * cuts) + (37 if length > 8 * 37 else 1) + i % 2 for i in range(cuts)]
     places += [length - 1 - length // 64, length - 3]
     at = sorted({min(length - 1, max(1, place)) for place in places})
     change, furthest = 0.0, 0

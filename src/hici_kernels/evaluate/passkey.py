@@ -10,6 +10,7 @@ from .. import _checks
 from .._outputs import progress
 from .generation import continue_greedily
 from .models import Evaluated
+from .tokens import encode_prompt
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
@@ -28,7 +29,7 @@ def prompt_of(tokenizer: Any, length: int, depth: float, key: int) -> list[int]:
     cut at token level so that the length is met to a sentence.
     """
     key_line = f"The pass key is {key}. Remember it. {key} is the pass key."
-    fixed = len(_encode(tokenizer, "\n".join((TASK, "", key_line, "", QUESTION))))
+    fixed = len(encode_prompt(tokenizer, "\n".join((TASK, "", key_line, "", QUESTION))))
     sentence = len(_encode(tokenizer, FILLER))
     copies = (length - fixed) // sentence
     if copies < 0:
@@ -36,7 +37,7 @@ def prompt_of(tokenizer: Any, length: int, depth: float, key: int) -> list[int]:
     while True:
         before = round(depth * copies)
         lines = (TASK, FILLER * before, key_line, FILLER * (copies - before), QUESTION)
-        ids = _encode(tokenizer, "\n".join(lines))
+        ids = encode_prompt(tokenizer, "\n".join(lines))
         if len(ids) <= length or copies == 0:
             return ids
         copies -= 1
@@ -51,6 +52,8 @@ def run(
     for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth must be between 0 and 1, got {depth}")
+    for length in lengths:
+        prompt_of(evaluated.tokenizer, length, 0.0, LARGEST_KEY - 1)  # refuses one that is too short
     heads, cells = [], []
     plan = [(n, d) for n in lengths for d in depths]
     for length in lengths:

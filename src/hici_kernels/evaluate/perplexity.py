@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from .._outputs import progress
 from .models import Evaluated
 
 PROTOCOLS = ("sliding", "last")
+#: loss whose exponential is no float any more
+_LARGEST = math.log(sys.float_info.max)
 
 
 def sliding(
@@ -75,7 +78,7 @@ def _result(protocol: str, loss: float, per: list[float], count: int, length: in
         "length": length,
         "loss": loss,
         "loss_se": error,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < _LARGEST else math.inf,
         "scored_tokens": count,
         "windows": len(per),
         **more,
@@ -102,6 +105,9 @@ def run(
     rows = []
     for length in lengths:
         _checks.integer("length", length, 2)
+        if len(ids) <= length:
+            raise ValueError(f"data must hold more than {length} tokens, got {len(ids)}")
+    for length in lengths:
         head = evaluated.describe(length, seed)
         for protocol in protocols:
             if protocol == "sliding":

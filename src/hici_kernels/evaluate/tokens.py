@@ -33,6 +33,12 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids).decode("utf-8", "replace")
 
 
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: as the tokenizer begins texts, without an end."""
+    ids = list(tokenizer.encode(text, add_special_tokens=True))
+    return ids[:-1] if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def dtype_for(vocab_size: int) -> np.dtype:
     """uint16 up to 65535 symbols, else uint32: the published rule."""
     return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
@@ -59,21 +65,28 @@ def prepare(
     for path in texts:
         if not path.is_file():
             raise ValueError(f"text must be an existing file, got {str(path)!r}")
+        if path.resolve() in (out.resolve(), Path(f"{out}.json").resolve()):
+            raise ValueError(f"out must be another file than the text {str(path)!r}, which it would replace")
     kind = dtype_for(len(tokenizer))
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     count, digest = 0, hashlib.sha256()
-    with part.open("wb") as file:
-        for some in _encoded(texts, tokenizer, piece, separator):
-            if some and max(some) > np.iinfo(kind).max:
-                raise ValueError(f"token id {max(some)} does not fit {kind.name}: the tokenizer has {len(tokenizer)}")
-            raw = np.asarray(some, dtype=kind).tobytes()
-            digest.update(raw)
-            file.write(raw)
-            count += len(some)
-    if not count:
-        part.unlink()
-        raise ValueError(f"text must hold something, {', '.join(map(str, texts))} give no token")
+    try:
+        with part.open("wb") as file:
+            for some in _encoded(texts, tokenizer, piece, separator):
+                if some and max(some) > np.iinfo(kind).max:
+                    raise ValueError(
+                        f"token id {max(some)} does not fit {kind.name}: the tokenizer has {len(tokenizer)}"
+                    )
+                raw = np.asarray(some, dtype=kind).tobytes()
+                digest.update(raw)
+                file.write(raw)
+                count += len(some)
+        if not count:
+            raise ValueError(f"text must hold something, {', '.join(map(str, texts))} give no token")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     record = {
         "tokens": count,
         "dtype": kind.name,
@@ -111,7 +124,10 @@ def read(path: Path, vocab_size: int | None = None) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"data must be an existing token file (hici eval prepare), got {str(path)!r}")
     if record.is_file():
-        kind = np.dtype(json.loads(record.read_text(encoding="utf-8"))["dtype"])
+        try:
+            kind = np.dtype(json.loads(record.read_text(encoding="utf-8"))["dtype"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record} must be the record of a token file, which names its dtype") from error
     elif vocab_size is not None:
         kind = dtype_for(vocab_size)
     else:

@@ -12,6 +12,7 @@ from .. import _checks
 from .._outputs import progress
 from .generation import continue_greedily
 from .models import Evaluated
+from .tokens import encode_prompt
 
 QUESTION = "\n ASSISTANT: The first topic we discussed was"
 STOPS = ("\n USER:", "\nUSER:", " USER:", "\n")
@@ -59,7 +60,8 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"cases must be an existing JSON-lines file, got {str(path)!r}")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines(), which also ends lines where a text inside may hold a character
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -122,7 +124,7 @@ def run(
     for count, some in groups.items():
         right, longest = 0, 0
         for case in progress(some, f"{count} topics"):
-            ids = list(tokenizer.encode(case["prompt"] + QUESTION, add_special_tokens=False))
+            ids = encode_prompt(tokenizer, case["prompt"] + QUESTION)
             longest = max(longest, len(ids))
             text = tokenizer.decode(continue_greedily(evaluated, ids, new_tokens), skip_special_tokens=True)
             for stop in STOPS:

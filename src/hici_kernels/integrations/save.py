@@ -69,13 +69,9 @@ def save_hici(model: nn.Module, path: str | Path, *, also: Collection[str] = ())
     absent = sorted(wanted - set(trainable))
     if absent:
         raise ValueError(f"also names {absent[0]!r}, which the model does not have")
-    stale = [
-        n for n in ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json") if (path / n).exists()
-    ]
-    if stale and lora is None:
-        raise ValueError(f"path must hold no other adapter, {path} has {stale[0]} and the model carries none")
+    files.check_adapter(path, lora is not None)
     content = {"hici": config.to_dict(), "rope_factor": factor}
-    (path / "trainable_params.safetensors.index.json").unlink(missing_ok=True)  # of shards that were here before
+    files.clear_shards(path)
     files.write(path / "trainable_params.safetensors", trainable)
     files.write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     if lora is not None:

@@ -35,7 +35,11 @@ def documents(paths: Sequence[Path], kind: str, template: str) -> Iterator[tuple
         if path.suffix in (".txt", ".md"):
             if kind != "text":
                 raise ValueError(f"{path} holds plain text; instruction tuning needs .json or .jsonl")
-            yield "", path.read_text(encoding="utf-8")
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} must be UTF-8: {error}") from error
+            yield "", text
             continue
         if path.suffix not in (".json", ".jsonl"):
             raise ValueError(f"{path} must be .txt, .md, .json or .jsonl")
@@ -52,9 +56,12 @@ def documents(paths: Sequence[Path], kind: str, template: str) -> Iterator[tuple
 
 
 def _entries(path: Path) -> Iterable[Any]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         if path.suffix == ".json":
-            content = json.load(file)
+            try:
+                content = json.loads(file.read().decode("utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
             if not isinstance(content, list):
                 raise ValueError(f"{path} must hold a list, got {type(content).__name__}")
             yield from content
@@ -62,9 +69,16 @@ def _entries(path: Path) -> Iterable[Any]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                    entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON in UTF-8: {error}") from error
+                yield entry
+
+
+def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Tokens of a text without an end-of-text token at their end."""
+    found = list(ids)
+    return found[:-1] if found and found[-1] == tokenizer.eos_token_id else found
 
 
 def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, directory: Path) -> Path:
@@ -93,11 +107,13 @@ def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, di
     beside.mkdir(parents=True)
     pieces: list[tuple[int, int, int]] = []
     row = held = written = skipped = count = 0
+    digest = hashlib.sha256()
     with open(beside / "tokens.bin", "wb") as tokens, open(beside / "labels.bin", "wb") as labels:
         for prompt, text in tqdm(documents(paths, kind, recipe.template), desc="tokens", unit=" documents",
                                  disable=None):  # fmt: skip
-            asked = tokenizer(prompt)["input_ids"] if prompt else []
-            answer = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+            # some tokenizers end every text themselves
+            asked = without_end(tokenizer(prompt)["input_ids"], tokenizer) if prompt else []
+            answer = without_end(tokenizer(text, add_special_tokens=not prompt)["input_ids"], tokenizer)
             ids = np.asarray([*asked, *answer, tokenizer.eos_token_id], dtype=np.int32)
             learned = ids.copy()
             learned[: len(asked)] = IGNORED
@@ -114,8 +130,9 @@ def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, di
                     continue
                 end = min(len(ids), at + room)
                 if end - at >= 2:
-                    ids[at:end].tofile(tokens)
-                    learned[at:end].tofile(labels)
+                    for part, file in ((ids[at:end], tokens), (learned[at:end], labels)):
+                        file.write(part.tobytes())
+                        digest.update(part.tobytes())
                     pieces.append((row, written, written + end - at))
                     written, held = written + end - at, held + end - at
                 at = end
@@ -123,7 +140,8 @@ def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, di
         shutil.rmtree(beside)
         raise ValueError(f"nothing to train on in {len(paths)} files: {count} documents, {skipped} longer than a row")
     np.save(beside / "pieces.npy", np.asarray(pieces, dtype=np.int64))
-    meta = {"documents": count, "longer_than_a_row": skipped, "tokens": written, "rows": pieces[-1][0] + 1}
+    meta = {"documents": count, "longer_than_a_row": skipped, "tokens": written, "rows": pieces[-1][0] + 1,
+            "sha256": digest.hexdigest()[:16]}  # fmt: skip
     (beside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, out)
     return out
@@ -154,7 +172,7 @@ class PackedRows(torch.utils.data.Dataset):
         self.pieces = np.load(directory / "pieces.npy")
         self.first = np.searchsorted(self.pieces[:, 0], np.arange(self.pieces[-1, 0] + 2))
         self.recipe = recipe
-        self.meta: dict[str, int] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         self.segment_len = segment_len
 
     def __len__(self) -> int:

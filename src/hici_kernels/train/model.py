@@ -45,16 +45,19 @@ def build(directory: str | Path, recipe: Recipe, checkpoint: Path | None = None)
 
     Args:
         directory: of the base model. checkpoint: a HiCI checkpoint to go on from; its slots, RoPE factor and LoRA are
-            kept, the recipe's ``hici`` may override what is not in its tensors' shapes.
+            kept, the recipe's ``hici`` may override what is not in its tensors' shapes. Without LoRA in it, that of the
+            recipe is added.
 
     Raises:
-        ValueError: the recipe does not fit the model.
+        ValueError: the recipe does not fit the model, or asks for other LoRA or RoPE than the checkpoint has.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = checkpoint if checkpoint is not None and (checkpoint / "tokenizer_config.json").is_file() else directory
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, recipe.dtype))
+    # what a checkpoint trains is float32 and would be rounded; what stays frozen is cast below
+    kind = "float32" if checkpoint is not None else recipe.dtype
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, kind))
     torch.manual_seed(recipe.seed)
     if checkpoint is not None:
         loaded: Any = load_hici(model, checkpoint, **recipe.hici)
@@ -62,6 +65,12 @@ def build(directory: str | Path, recipe: Recipe, checkpoint: Path | None = None)
             adapters = loaded.peft_config
             model = loaded.get_base_model()
             model.peft_config = adapters
+            _check_lora(next(iter(adapters.values())), recipe, checkpoint)
+        elif recipe.lora_r:
+            model = _with_lora(model, recipe)
+        factor = linear_factor(Host.of(model))
+        if recipe.rope_factor is not None and recipe.rope_factor != factor:
+            raise ValueError(f"rope_factor must be None or {factor}, as in {checkpoint}, got {recipe.rope_factor}")
     else:
         if recipe.special_tokens:
             add_tokens(model, tokenizer)
@@ -94,10 +103,22 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
     return model
 
 
+def _check_lora(lora: Any, recipe: Recipe, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: the recipe asks for other LoRA than the checkpoint has, which is trained on as it is.
+    """
+    for name, present in (("lora_r", lora.r), ("lora_alpha", lora.lora_alpha)):
+        if getattr(recipe, name) != present:
+            raise ValueError(f"{name} must be {present}, as in {checkpoint}, got {getattr(recipe, name)}")
+    ends = {str(module).rsplit(".", 1)[-1] for module in lora.target_modules}
+    if ends != set(recipe.lora_targets):
+        raise ValueError(f"lora_targets must be {sorted(ends)}, as in {checkpoint}, got {sorted(recipe.lora_targets)}")
+
+
 def _choose(model: nn.Module, recipe: Recipe) -> None:
-    everything = not any("lora_" in n for n, _ in model.named_parameters())
+    everything = not recipe.lora_r
     for name, p in model.named_parameters():
         named = any(part in name for part in (*recipe.trainable, *SLOT_MODULES))
         p.requires_grad_(everything or "lora_" in name or named)
-        if p.requires_grad and p.dtype != torch.float32:
-            p.data = p.data.float()
+        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, recipe.dtype))

@@ -38,7 +38,8 @@ class Recipe:
     mean of the old ones; embeddings never shrink.
 
     dtype: of frozen weights, "float32" or "bfloat16"; trained ones are float32. precision of the computation:
-    "float32", "bfloat16" (autocast), or None for bfloat16 on a GPU and float32 elsewhere.
+    "float32", "bfloat16" (autocast), or None for bfloat16 on a GPU and with frozen weights of that dtype, and float32
+    elsewhere.
     """
 
     context: int = 16384
@@ -100,6 +101,8 @@ class Recipe:
         _checks.choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.precision is not None:
             _checks.choice("precision", self.precision, ("float32", "bfloat16"))
+        if (self.dtype, self.precision) == ("bfloat16", "float32"):
+            raise ValueError("precision must be 'bfloat16' or None with dtype 'bfloat16', got 'float32'")
         try:
             filled = "{instruction}" in self.template and bool(self.template.format(instruction=""))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -108,6 +111,11 @@ class Recipe:
             raise ValueError(
                 f"template must be a text with {{instruction}}, its only field, and other braces doubled, got "
                 f"{self.template!r}"
+            )
+        if self.mixed_segments and min(self.mixed_segments) < self.config().recurrence_len:
+            raise ValueError(
+                f"mixed_segments must be at least hici's recurrence_len {self.config().recurrence_len}, got "
+                f"{min(self.mixed_segments)}"
             )
         if self.config().segment_len is None:
             raise ValueError("hici needs a segment_len: rows are packed documents, which num_segments cannot cut")

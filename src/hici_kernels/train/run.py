@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from .recipe import Recipe, engine_file
 RESULT = "hici"
 #: what may differ where a run goes on: nothing that was trained so far would have been trained otherwise
 MAY_CHANGE = ("max_steps", "save_steps", "keep_checkpoints", "gradient_checkpointing")
+#: bytes of a weight file that are read to know it again: so many pieces of so many bytes, evenly spread
+_PIECES, _PIECE = 64, 1 << 14
 
 
 def last_complete(out: Path, processes: int) -> Path | None:
@@ -66,6 +69,22 @@ def _check_folder(out: Path, about: dict[str, Any], resume: bool) -> None:
             )
 
 
+def _content(directory: Path) -> str:
+    """What tells a model or checkpoint from another, wherever it lies: names, sizes and samples of its weight files."""
+    digest = hashlib.sha256()
+    held = directory.iterdir() if directory.is_dir() else [directory]
+    for path in sorted(p for p in held if p.suffix in files.SUFFIXES or p.name.endswith("config.json")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(_PIECES):
+                file.seek(max(0, size - _PIECE) * i // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+                if size <= _PIECE:
+                    break
+    return digest.hexdigest()[:16]
+
+
 def run(
     model: str | Path,
     data: Sequence[str | Path],
@@ -91,14 +110,16 @@ def run(
         checkpoint: a HiCI checkpoint to start from instead of new slots; its segment_len, too, unless ``recipe.hici``
             has one.
         resume: go on from what ``out`` holds. The recipe may then differ in max_steps, save_steps, keep_checkpoints and
-            gradient_checkpointing alone, and data and processes not at all. False: ``out`` must hold no checkpoints.
+            gradient_checkpointing alone; model, checkpoint, data and processes not at all. False: ``out`` must hold no
+            checkpoints.
         report_to: "tensorboard" (out/runs), or another reporter of transformers.
 
     Returns:
         {"step", "loss" (of the last logged step), "result" (directory), "metrics" (file)}.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: before any training. RuntimeError: the clip did not act.
+        ValueError, TypeError, FileNotFoundError: before any training; a loss that is no number ends it, with
+            the checkpoints from before kept. RuntimeError: the clip did not act.
     """
     versions.check()
     _checks.boolean("resume", resume)
@@ -111,6 +132,7 @@ def run(
         raise ValueError("data must name at least one file")
     # as JSON gives it back
     about = json.loads(json.dumps({"kind": kind, **recipe.to_dict()}))
+    about |= {"model": _content(model), "checkpoint": None if checkpoint is None else _content(Path(checkpoint))}
     _check_folder(out, about, resume)
     cpu = not torch.cuda.is_available()
     if engine == "fsdp2" and recipe.dtype != "float32":
@@ -122,7 +144,7 @@ def run(
     from .model import build
     from .trainer import METRICS, HiCITrainer
 
-    precision = recipe.precision or ("float32" if cpu else "bfloat16")
+    precision = recipe.precision or ("float32" if cpu and recipe.dtype == "float32" else "bfloat16")
     options: dict[str, Any] = {}
     if engine == "fsdp2":
         options = {"fsdp": True, "fsdp_config": str(config_file)}
@@ -142,6 +164,7 @@ def run(
         warmup_steps=recipe.warmup_steps,
         bf16=precision == "bfloat16",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number would be logged as 0
         save_steps=recipe.save_steps,
         save_total_limit=recipe.keep_checkpoints,
         seed=recipe.seed,
@@ -158,6 +181,7 @@ def run(
             f"{checkpoint} cuts texts by num_segments, which rows of packed documents cannot be: give recipe.hici a "
             "segment_len"
         )
+    files.check_adapter(out / RESULT, lora is not None)
     start = last_complete(out, args.world_size) if resume else None
     with args.main_process_first(local=False):
         rows = PackedRows(prepare(paths, kind, tokenizer, recipe, out / "data"), recipe, slots["segment_len"])

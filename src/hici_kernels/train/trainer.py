@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class HiCITrainer(Trainer):
         if "loss" in logs:
             logs.update(self.clip.measured())
         super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}: nothing that follows would be worth "
+                "anything; checkpoints from before are kept. Try a lower learning_rate, hici_lr or max_grad_norm"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What is trained, in the published layout. Sharded engines keep all weights in files of their own besides."""
