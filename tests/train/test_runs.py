@@ -136,6 +136,13 @@ def test_texts_end_once(base, tmp_path):
         assert ids[0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("wrong", [{"trainable": ["embd"]}, {"lora_targets": ["q_proj", "q_poj"]}])
+def test_names_of_nothing_are_refused(wrong, base, texts, tmp_path):
+    (field,) = wrong
+    with pytest.raises(ValueError, match=f"{field} has '{wrong[field][-1]}'"):
+        run(base, [texts], tmp_path, Recipe(**{**FEW, **wrong}))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -84,6 +84,8 @@ def run(
     if not cases and not points:
         kinds = "" if kind is None else f" with --dtype {kind}"
         raise ValueError(f"--suite {suite} has no case of --op {', '.join(chosen)}{kinds}")
+    if points and sides is not None and len(sides) > 1:
+        raise ValueError(f"--impl must be one name where --op has decode, got {impls!r}")
     _outputs.prepare(json_path, chart_path)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

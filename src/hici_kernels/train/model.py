@@ -96,6 +96,9 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
     """LoRA inside the model rather than a model around it: what is trained besides LoRA is then saved as any weight."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    for target in recipe.lora_targets:
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise ValueError(f"lora_targets has {target!r}, which is no module's name")
     lora = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, bias="none",
                       target_modules=list(recipe.lora_targets), task_type="CAUSAL_LM")  # fmt: skip
     model = inject_adapter_in_model(lora, model)
@@ -118,6 +121,10 @@ def _check_lora(lora: Any, recipe: Recipe, checkpoint: Path) -> None:
 
 def _choose(model: nn.Module, recipe: Recipe) -> None:
     everything = not recipe.lora_r
+    held = [name for name, _ in model.named_parameters()]
+    for part in recipe.trainable:
+        if not any(part in name for name in held):
+            raise ValueError(f"trainable has {part!r}, which is in no parameter's name")
     for name, p in model.named_parameters():
         named = any(part in name for part in (*recipe.trainable, *SLOT_MODULES))
         p.requires_grad_(everything or "lora_" in name or named)
