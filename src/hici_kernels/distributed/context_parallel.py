@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .. import segments
+from .. import _checks, segments
 from ..config import LEAK_FREE_MODES, HiCIConfig
 from ..nn.hici_cache import HiCICache
 from ..nn.prefix import build_prefix, uses_slots
@@ -72,6 +72,9 @@ class ContextParallel:
         """Plan the next sequence: S tokens, or packed documents by their offsets int32 [docs+1]. No communication."""
         if cu_seqlens is not None and self.config.segment_len is None:
             raise ValueError("cu_seqlens needs config.segment_len, got segment_len=None")
+        _checks.integer("length", length, 0)
+        if cu_seqlens is not None:
+            _checks.offsets("cu_seqlens", cu_seqlens, length)
         offsets = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
         self.plan = ShardPlan(length, self.config.resolve_segment_len(length), self.ranks, offsets)
         return self.plan

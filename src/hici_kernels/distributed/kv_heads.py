@@ -136,4 +136,7 @@ def shard_hga(layer: HGAAttention, group: ProcessGroup | None = None) -> Sharded
             x = x[:, heads.start * d : heads.stop * d]
         state[name] = x
     part.load_state_dict(state)
-    return ShardedHGAAttention(part, shard, found)
+    given = dict(layer.named_parameters())
+    for name, p in part.named_parameters():
+        p.requires_grad_(given[name].requires_grad)
+    return ShardedHGAAttention(part, shard, found).train(layer.training)

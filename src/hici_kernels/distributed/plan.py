@@ -65,6 +65,7 @@ class ShardPlan:
 
     def segments(self, rank: int) -> slice:
         """Segment numbers of a rank."""
+        _checks.integer("rank", rank, 0, self.ranks - 1)
         return slice(self._cuts[rank], self._cuts[rank + 1])
 
     @functools.cached_property

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .lists import added, enlarge
 
+#: When a slot was used that is free: before every request and every cycle.
+_FREE = -(1 << 40)
+
 
 class Bank:
     """Book-keeping for ``slots`` places of one page each, asked by ``cycle`` users in turn (the layers of a model).
@@ -41,6 +44,10 @@ class Bank:
         """Bytes that knowing pages [0, pages) may need."""
         return added(self.slot, pages)
 
+    def know(self, pages: int) -> None:
+        """Make room for pages [0, pages)."""
+        self.slot = enlarge(self.slot, pages, -1)
+
     def absent(self, pages: Tensor) -> Tensor:
         """Those of pages [n] that are not here; nothing counts as used."""
         known = pages < len(self.slot)
@@ -48,7 +55,7 @@ class Bank:
 
     def find(self, pages: Tensor) -> Tensor:
         """Slots [n] of pages [n], -1 where one is not here; those that are count as used now. A new request."""
-        self.slot = enlarge(self.slot, int(pages.max()) + 1 if len(pages) else 0, -1)
+        self.know(int(pages.max()) + 1 if len(pages) else 0)
         found = self.slot[pages].long()
         self.now += 1
         self._use(found[found >= 0])
@@ -78,10 +85,10 @@ class Bank:
         slots = slots[slots >= 0]
         self.slot[pages] = -1
         self.page[slots] = -1
-        self.used[slots] = 0
+        self.used[slots] = _FREE
         # what is listed first must be the oldest
         self._oldest = torch.cat((slots, self._oldest))
-        self._listed = torch.cat((torch.zeros_like(slots), self._listed))
+        self._listed = torch.cat((torch.full_like(slots, _FREE), self._listed))
 
     def _use(self, slots: Tensor) -> None:
         self.used[slots] = self.now

@@ -39,8 +39,9 @@ class DeviceBank:
         self._reading: torch.cuda.Event | None = None
         size = slots * layout.page_bytes
         meter.require("device", size, f"a bank of {slots} pages")
-        meter.set("device", "bank", size)
         self.bank = Bank(slots, cycle)
+        meter.require("host", self.bank.nbytes, f"the list of a bank of {slots} pages")
+        meter.set("device", "bank", size)
         self.memory = torch.empty(slots, layout.page_bytes, dtype=torch.uint8, device=device)
         self._enter_lists()
         self.hits = self.misses = self.moved = 0

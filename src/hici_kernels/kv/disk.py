@@ -57,6 +57,10 @@ class Disk:
             return
         end = int(numbers.max()) + 1
         self.meter.require("host", self.bank.growth(end) + self.file.growth(end), f"the lists of {end} pages")
+        # at once: lists that grow by a piece after the other may end larger
+        self.bank.know(end)
+        self.file.know(end)
+        self._account()
         try:
             for piece, part in zip(numbers.split(self.bank.slots), data.split(self.bank.slots), strict=True):
                 self.bank.find(piece)

@@ -80,13 +80,17 @@ class PageFile:
         """Bytes that knowing pages [0, pages) may need."""
         return added(self.sums, pages)
 
+    def know(self, pages: int) -> None:
+        """Make room for the checksums of pages [0, pages)."""
+        self.sums = enlarge(self.sums, pages)
+
     def write(self, slots: Tensor, pages: Tensor) -> None:
         """Write the pages in ``slots``, and wait."""
         last = int(pages.max()) + 1
         outcome = torch.zeros(3, dtype=torch.int64)
         self._call["reserve"](last, outcome)
         self._check(outcome, pages[:1], "writing")
-        self.sums = enlarge(self.sums, last)
+        self.know(last)
         sums = torch.zeros(len(pages), dtype=torch.int64)
         try:
             request = self._call["write"](slots, pages, self.records.identity(pages))

@@ -61,7 +61,7 @@ class Engine:
         self.records, self.tier, self.meter = records, tier, meter
         self.finder = cast(Finder, tier) if tier.on_device else None
         # called when a layer's pages are at hand and its attention is still to come
-        self.fetched: Callable[[], None] = _nothing
+        self.fetched: Callable[[], None] = nothing
         self.heads = {"k": layout.kv_heads, "v": layout.kv_heads}
         if config.routing == "prefix":
             self.heads["q"] = layout.query_heads
@@ -166,18 +166,23 @@ class Engine:
                 numbers = self.take(state, row, chunk)
                 written.append((row, chunk, numbers))
                 self.tier.write(numbers, pages)
+            # all that takes memory, before the first change
+            moves = self._moves(state, step, base, new_base, kept)
+            columns = [c.copy() for c in state.columns]
+            for i, held in enumerate(state.lengths.tolist()):
+                columns[i].append(held, step.columns, None if step.mask is None else step.mask[i])
+            lengths, first_chunks = (torch.tensor(x, dtype=torch.int64) for x in (step.after, new_base))
         except BaseException:
             for _, _, numbers in written:
                 self.forget(numbers)
             raise
         for row, chunk, numbers in written:
             state.set_records(row, chunk, numbers)
-        self._move(state, step, base, new_base, kept)
-        for i, held in enumerate(state.lengths.tolist()):
-            state.columns[i].append(held, step.columns, None if step.mask is None else step.mask[i])
-        state.lengths = torch.tensor(step.after, dtype=torch.int64)
+        for there, x in moves:
+            there.copy_(x)
+        state.columns, state.lengths = columns, lengths
         if new_base != base:
-            state.base = torch.tensor(new_base, dtype=torch.int64)
+            state.base = first_chunks
 
     def rebuild_tail(self, state: LayerState) -> None:
         """After a rewind: bring window and active chunk back from sinks and records."""
@@ -198,14 +203,17 @@ class Engine:
                 back = self.layout.decode(pages.unflatten(0, (len(stored), -1)))
                 for n, found in parts.items():
                     found.append(back[n].flatten(0, 1))
+            back_again: dict[str, Tensor] = {}
             for n, found in parts.items():
                 if length > base * c:
                     found.append(state.buffers[f"tail.{n}"][b, : length - base * c].clone())
-                row = torch.cat(found)[: length - start * c] if found else None
-                if row is not None:
-                    like = tuple(row.shape[1:])
-                    tail = state.reserve(f"tail.{n}", len(row), like, self.device, self.tail_tokens)
-                    tail[b, : len(row)] = row
+                if found:
+                    back_again[n] = torch.cat(found)[: length - start * c]
+            # room for all before any is written: where the limit has none, the row is as it was
+            for n, row in back_again.items():
+                state.reserve(f"tail.{n}", len(row), tuple(row.shape[1:]), self.device, self.tail_tokens)
+            for n, row in back_again.items():
+                state.buffers[f"tail.{n}"][b, : len(row)] = row
             state.base[b] = start
             gone = state.records[b, start:].clone()
             state.records[b, start:] = -1
@@ -525,8 +533,11 @@ class Engine:
             )
         return out
 
-    def _move(self, state: LayerState, step: Step, old: list[int], new: list[int], kept: list[int]) -> None:
-        """Sinks and tail after a commit."""
+    def _moves(
+        self, state: LayerState, step: Step, old: list[int], new: list[int], kept: list[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What is to be copied where, in this order, for sinks and tail after a commit."""
+        moves: list[tuple[Tensor, Tensor]] = []
         c, first = self.config.chunk_size, self.config.keep_first
         spans = list(zip(old, new, kept, strict=True))
         together = all(x == spans[0] for x in spans)
@@ -537,13 +548,15 @@ class Engine:
                 rows = slice(None) if together else slice(b, b + 1)
                 if base < min(start, first):
                     end = min(start, first)
-                    state.buffers[f"sinks.{name}"][rows, base * c : end * c] = x[rows, : (end - base) * c]
+                    sinks = state.buffers[f"sinks.{name}"]
+                    moves.append((sinks[rows, base * c : end * c], x[rows, : (end - base) * c]))
                 skip = (start - base) * c
                 if in_place and skip == 0:
                     continue
                 left = x[rows, skip : skip + count]
-                tail[rows, :count] = left.clone() if in_place else left
+                moves.append((tail[rows, :count], left.clone() if in_place else left))
+        return moves
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._dispatch import check_impl
+from .._inference import keeps
 from ..config import HGAConfig
 from ..errors import KVStoreError
 from ..ops.hga_route.api import check_config
@@ -30,7 +31,7 @@ from .options import DEFAULT_HOST_BYTES, bank_slots, check_fetch, check_options
 from .pool import Pool
 from .records import Records
 from .routed import DECODE_QUERIES
-from .step import Engine, Step
+from .step import Engine, Step, nothing
 from .tier import Tier
 
 DEFAULT_BANK_PAGES = 4096  # of an accelerator without device_bytes
@@ -163,7 +164,8 @@ class KVStore:
         While a step is on its way through the layers, those already passed hold more; after a step that failed,
         ``rewind(length)`` brings all layers back together.
         """
-        return torch.stack([layer.lengths for layer in self._layers]).amin(0)
+        with self._lock:
+            return torch.stack([layer.lengths for layer in self._layers]).amin(0)
 
     def next_columns(self, layer: int) -> Tensor:
         """int64 [B] on the CPU: the column that follows what each row of a layer has been given, padding counted."""
@@ -171,6 +173,7 @@ class KVStore:
         _checks.integer("layer", layer, 0, self.layers - 1)
         return torch.tensor([c.following for c in self._layers[layer].columns], dtype=torch.int64)
 
+    @keeps
     def attend(
         self,
         layer: int,
@@ -199,25 +202,29 @@ class KVStore:
             verified or written; it names layer, chunk and file. The store is unchanged in every case.
         """
         q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
-        self._check_call(layer, q, k, v, attention_mask)
-        impl = check_impl(impl)
-        mask = None if attention_mask is None else (attention_mask != 0).cpu()
+        # what another thread closes or reorders is looked at when it is done
         with self._lock:
+            self._check_call(layer, q, k, v, attention_mask)
+            impl = check_impl(impl)
+            mask = None if attention_mask is None else (attention_mask != 0).cpu()
             engine = self._build(q.shape[2])
             engine.fetched = functools.partial(self._look_ahead, layer, q.shape[1])
-            state = self._layers[layer]
-            engine.rebuild_tail(state)
-            graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            if graph or self._segment is not None:
-                out, step = engine.run(state, q, k, v, mask, impl, apart=True)
-                if self._segment is not None:
-                    self._segment[layer] = step
+            try:
+                state = self._layers[layer]
+                engine.rebuild_tail(state)
+                graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+                if graph or self._segment is not None:
+                    out, step = engine.run(state, q, k, v, mask, impl, apart=True)
+                    if self._segment is not None:
+                        self._segment[layer] = step
+                    else:
+                        engine.commit(state, step)
                 else:
-                    engine.commit(state, step)
-            else:
-                out = engine.run_all(state, q, k, v, mask, impl)
-            if q.shape[1] > DECODE_QUERIES:
-                state.last_pages = None
+                    out = engine.run_all(state, q, k, v, mask, impl)
+                if q.shape[1] > DECODE_QUERIES:
+                    state.last_pages = None
+            finally:
+                engine.fetched = nothing  # which knows the store: it would live until a collection of cycles
         return out
 
     @contextlib.contextmanager
@@ -245,25 +252,30 @@ class KVStore:
         except BaseException:
             self._segment = None
             raise
+        self._append_segment()
+
+    @keeps
+    def _append_segment(self) -> None:
         with self._lock:
             pending, self._segment = self._segment, None
             self._check_open()
-            for layer, step in pending.items():
+            for layer, step in (pending or {}).items():
                 assert self._engine is not None
                 self._engine.commit(self._layers[layer], step)
 
+    @keeps
     def reset(self, row: int | None = None) -> None:
         """Forget one row, or all of them, in every layer; memory is kept for reuse.
 
         Raises:
             TypeError, ValueError: row out of range, or inside a segment; nothing has changed then.
         """
-        rows = self._rows(row)
         with self._lock:
-            for b in rows:
+            for b in self._rows(row):
                 for layer in self._layers:
                     self._cut(layer, b, 0)
 
+    @keeps
     def rewind(self, length: int, row: int | None = None) -> None:
         """Keep the first ``length`` tokens of one row, or of every row, in all layers; as if no later one had come.
 
@@ -274,28 +286,30 @@ class KVStore:
             TypeError, ValueError: length beyond what every layer holds, or inside a segment; nothing has changed then.
         """
         _checks.integer("length", length, 0)
-        rows = self._rows(row)
         with self._lock:
+            rows = self._rows(row)
             held = self.lengths
             for b in rows:
                 if length > int(held[b]):
                     raise ValueError(f"length must be at most the {int(held[b])} tokens of row {b}, got {length}")
             for layer in self._layers:
                 for b in rows:
-                    if length < int(layer.lengths[b]):
-                        self._cut(layer, b, length)
+                    self._cut(layer, b, length)
 
+    @keeps
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was (beam search); the batch becomes len(rows). Records are shared.
 
         Raises:
             TypeError, ValueError: an index out of range, a byte limit, or inside a segment; nothing has changed then.
         """
-        self._check_open()
-        self._check_no_segment()
-        chosen = _checks.row_indices("rows", rows, self.batch)
-        index = torch.tensor(chosen, dtype=torch.int64)
         with self._lock:
+            self._check_open()
+            self._check_no_segment()
+            chosen = _checks.row_indices("rows", rows, self.batch)
+            index = torch.tensor(chosen, dtype=torch.int64)
+            lists = sum(layer.records[:1].nbytes * (len(chosen) - layer.batch) for layer in self._layers)
+            self._meter.require("host", max(0, lists), f"reorder to {len(chosen)} rows")
             if self.batch:
                 size = sum(layer.nbytes for layer in self._layers)
                 largest = max((x.nbytes for layer in self._layers for x in layer.buffers.values()), default=0)
@@ -308,6 +322,7 @@ class KVStore:
                     self._engine.records.share(layer.records[layer.records >= 0])
                     self._engine.forget(old[old >= 0])
 
+    @keeps
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all rows to a file that :meth:`load` opens again, a prompt that many requests share for example.
 
@@ -318,17 +333,18 @@ class KVStore:
             ValueError: no such directory, or inside a segment. KVStoreError: writing failed, or a record that is saved
             cannot be read. An older file is untouched then.
         """
-        self._check_open()
-        self._check_no_segment()
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path must be a str or a path, got {type(path).__name__} {path!r}")
         with self._lock:
+            self._check_open()
+            self._check_no_segment()
             for layer in self._layers:
                 if self._engine is not None:
                     self._engine.rebuild_tail(layer)
             saved.save(self, path)
 
     @classmethod
+    @keeps
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str, **options: Any) -> KVStore:
         """A store that holds what :meth:`save` wrote, and goes on with the same bits.
 
@@ -380,6 +396,7 @@ class KVStore:
             found["peak_bytes"] = dict(self._meter.peak)
             return found
 
+    @keeps
     def close(self) -> None:
         """Free all memory and disk space. Closing twice is fine.
 
@@ -396,6 +413,7 @@ class KVStore:
             self._meter.clear()
             self._layers = [LayerState(i, batch, self.config, self.dtype, self._meter) for i in range(self.layers)]
 
+    @keeps
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
         """An independent store with the same history, arguments and limits, which goes on with the same bits; its
         counters begin at 0.
@@ -403,11 +421,11 @@ class KVStore:
         Raises:
             TypeError: tier "disk". ValueError: inside a segment, closed, or a byte limit.
         """
-        self._check_open()
-        self._check_no_segment()
         if self.tier == "disk":
             raise TypeError("a KVStore with tier='disk' cannot be copied: save() it and load() the file")
         with self._lock:
+            self._check_open()
+            self._check_no_segment()
             new = KVStore(
                 self.config,
                 rope=self.rope,

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._inference import keeps
 from ..config import HiCIConfig
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def keeps(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """For what makes tensors that a cache keeps: they are made outside torch's inference mode.
-
-    One that is made inside can never be written in place outside, so a cache that was filled in inference mode could
-    not be continued under torch.no_grad().
-    """
-
-    @functools.wraps(method)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
-        # leaving inference mode turns gradients on
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return run
 
 
 class _Layer(Protocol):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .._inference import keeps
 from ..ops.attention.api import attention
 from ..rope import working_dtype
-from .hici_cache import SegmentCache, keeps
+from .hici_cache import SegmentCache
 from .prefix import uses_global, uses_local, uses_slots
 
 if TYPE_CHECKING:
