@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from typing import Any
 
@@ -159,3 +160,39 @@ def steps(cases: list[tuple[str, bool, bool]]) -> dict[str, tuple[float, float]]
 
 def layers(cases: list[tuple[int, str, str]]) -> dict[str, dict[str, float]]:
     return {str(case): heads(*case) for case in cases}
+
+
+def padded() -> dict[str, float]:
+    """|difference| of logits between one process and ranks of which only the last has padding, by rule for gaps."""
+    from hici_kernels.integrations import apply_hici
+
+    ids = torch.randint(0, 61, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for empty, recurrence in (("skip", 0), ("zero", 3)):
+        config = dataclasses.replace(_config("causal_shift"), cut="index", empty=empty, recurrence_len=recurrence)
+        for columns in (5, 13):
+            mask = torch.ones(2, LENGTH, dtype=torch.long)
+            mask[1, -columns:] = 0
+            model = apply_hici(_llama(), config)
+            expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            exchange = ContextParallel(config)
+            apply_context_parallel(model, exchange)
+            exchange.split(LENGTH, attention_mask=mask)
+            got = model(**exchange.inputs(ids), attention_mask=exchange.shard(mask)).logits
+            seen = exchange.shard(mask).bool()
+            found[f"{empty} {columns}"] = float((got - exchange.shard(expected))[seen].abs().max())
+    for changes, message in (({"cut": "token"}, "use cut='index'"), ({"empty": "skip"}, "is not supported")):
+        config = dataclasses.replace(_config("causal_shift"), **{"cut": "index", **changes})
+        try:
+            ContextParallel(config).split(LENGTH, attention_mask=mask)
+            found[message] = float("inf")
+        except ValueError as error:
+            found[message] = 0.0 if message in str(error) else float("inf")
+    return found
+
+
+def frozen() -> tuple[bool, bool, bool, bool]:
+    """Whether anything of a shard of a frozen layer in eval mode is trained, its mode, and both of a plain one."""
+    plain, still = shard_hga(_hga(2, "query")), shard_hga(_hga(2, "query").requires_grad_(False).eval())
+    trained = [any(p.requires_grad for p in x.parameters()) for x in (still, plain)]
+    return trained[0], still.training, trained[1], plain.training

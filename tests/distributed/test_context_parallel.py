@@ -103,7 +103,9 @@ def refusals() -> list[str]:
     refuse(lambda: apply_context_parallel(layer, token))
     apply_context_parallel(layer, exchange)
     refuse(lambda: apply_context_parallel(layer, exchange))
-    exchange.split(16)
+    refuse(lambda: exchange.split(16, torch.tensor([0, 15], dtype=torch.int32)))
+    refuse(lambda: exchange.split(16, attention_mask=torch.ones(1, 15)))
+    refuse(lambda: exchange.split(16).columns(2))
     refuse(lambda: layer(x))
     refuse(lambda: layer(x[:, :8], cache=layer.new_cache(1)))
     refuse(lambda: layer(x[:, :8], cu_seqlens=torch.tensor([0, 4, 8], dtype=torch.int32)))
@@ -120,6 +122,9 @@ def test_what_cannot_be_served_is_refused_before_any_exchange() -> None:
         "no HiCI layers",
         "another config",
         "context parallel already",
+        "cu_seqlens must run from 0 to 16",
+        "attention_mask must have 16 columns",
+        "rank must be at most 1",
         "must hold the 8 tokens",
         "cache must be None",
         "cu_seqlens must be given to split()",

@@ -23,6 +23,16 @@ def test_a_training_step_equals_one_process(ranks: int) -> None:
             assert loss < 1e-6 and gradients < 1e-6, f"{what}: loss {loss:.2e}, gradients {gradients:.2e}"
 
 
+def test_padding_on_one_rank_only() -> None:
+    """The other ranks' masks are all ones, which transformers' models do not see: split() tells every rank."""
+    pytest.importorskip("transformers")
+    from model_work import padded
+
+    for found in on_ranks(2, padded):
+        for what, difference in found.items():
+            assert difference < 1e-5, f"{what}: {difference:.2e}"
+
+
 # kv heads, share, tier
 LAYERS = {2: [(2, "query", "device"), (3, "kv", "host")], 4: [(5, "query", "disk")]}
 
@@ -35,6 +45,12 @@ def test_hga_over_kv_heads_equals_one_process(ranks: int) -> None:
         for case in found.values():
             for what, difference in case.items():
                 assert difference < 1e-6, f"{what}: {difference:.2e}"
+
+
+def test_a_shard_is_trained_as_its_layer_is() -> None:
+    from model_work import frozen
+
+    assert on_ranks(1, frozen) == [(False, False, True, True)]
 
 
 def test_head_shards_cover_all_heads_once() -> None:

@@ -63,19 +63,39 @@ class ContextParallel:
         self.rank, self.ranks = dist.get_rank(found), dist.get_world_size(found)
         self.traffic = Traffic()
         self.plan: ShardPlan | None = None
+        self._padded = False  # some row of the whole sequence has masked tokens
 
     def serves(self, config: HiCIConfig) -> bool:
         """Whether a layer's configuration is the one given here (apply_hici fills in a ``cut`` that was left open)."""
         return self.config.with_default_cut(config.cut) == config.with_default_cut()
 
-    def split(self, length: int, cu_seqlens: Tensor | None = None) -> ShardPlan:
-        """Plan the next sequence: S tokens, or packed documents by their offsets int32 [docs+1]. No communication."""
+    def split(
+        self, length: int, cu_seqlens: Tensor | None = None, *, attention_mask: Tensor | None = None
+    ) -> ShardPlan:
+        """Plan the next sequence: S tokens, or packed documents by their offsets int32 [docs+1]. No communication.
+
+        attention_mask: [B, S] of the whole sequence, the same on every rank, where a row has masked tokens. Ranks
+        exchange masks where one of them has such a row, and must agree on it: models of transformers drop a mask that
+        is all ones on a rank. Layers called with masks on every rank alike do without.
+
+        Raises:
+            TypeError, ValueError: naming the argument, on every rank alike.
+        """
         if cu_seqlens is not None and self.config.segment_len is None:
             raise ValueError("cu_seqlens needs config.segment_len, got segment_len=None")
         _checks.integer("length", length, 0)
         if cu_seqlens is not None:
             _checks.offsets("cu_seqlens", cu_seqlens, length)
         offsets = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        padded = False
+        if attention_mask is not None:
+            _checks.tensor("attention_mask", attention_mask, "B, S")
+            if attention_mask.shape[1] != length:
+                raise ValueError(f"attention_mask must have {length} columns, got {attention_mask.shape[1]}")
+            padded = not bool(attention_mask.bool().all())
+            if padded:
+                _check_mask(self.config)
+        self._padded = padded
         self.plan = ShardPlan(length, self.config.resolve_segment_len(length), self.ranks, offsets)
         return self.plan
 
@@ -133,6 +153,8 @@ class ContextParallel:
     ) -> Tensor:
         """Context [B, S_r, Hq, D] of this rank's tokens: hidden [B, S_r, H], roped q, k and plain v, mask [B, S_r]."""
         plan = self.check(layer, hidden, mask, cu_seqlens, cache)
+        if mask is None and self._padded:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         config, own = layer.config, plan.segments(self.rank)
         count = own.stop - own.start
         offsets = plan.local_cu_seqlens(self.rank)
@@ -219,16 +241,7 @@ class ContextParallel:
             if expected is None or pieces != tuple(dict.fromkeys(expected)):
                 raise ValueError(f"cu_seqlens must be given to split(); the pieces of rank {self.rank} are {expected}")
         if mask is not None:
-            if layer.config.cut == "token":
-                raise ValueError(
-                    "attention_mask with cut='token' would move tokens between ranks: use cut='index', or pack the "
-                    "documents (split(length, cu_seqlens))"
-                )
-            if self.config.empty == "skip" and self.config.recurrence_len:
-                raise ValueError(
-                    "attention_mask with empty='skip' and recurrence_len is not supported with context parallel: the "
-                    "last segment with tokens may be on any rank; pack the documents instead"
-                )
+            _check_mask(layer.config)
         return plan
 
     def _has_tokens(self, mask: Tensor) -> Tensor:
@@ -296,6 +309,19 @@ def _last(x: Tensor, length: int) -> Tensor:
 
 def _blank_first(x: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(x[:, :1]), x), 1)
+
+
+def _check_mask(config: HiCIConfig) -> None:
+    if config.cut == "token":
+        raise ValueError(
+            "attention_mask with cut='token' would move tokens between ranks: use cut='index', or pack the "
+            "documents (split(length, cu_seqlens))"
+        )
+    if config.empty == "skip" and config.recurrence_len:
+        raise ValueError(
+            "attention_mask with empty='skip' and recurrence_len is not supported with context parallel: the "
+            "last segment with tokens may be on any rank; pack the documents instead"
+        )
 
 
 def apply_context_parallel(model: nn.Module, exchange: ContextParallel) -> nn.Module:
