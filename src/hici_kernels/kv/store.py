@@ -87,6 +87,7 @@ class KVStore:
         takes no file.
     """
 
+    @keeps
     def __init__(
         self,
         config: HGAConfig,
