@@ -279,7 +279,7 @@ def test_files(tmp_path: Path) -> None:
         ({"ops": "attentoin"}, "--op must be among .*attention"),
         ({"impls": "cpu,fast"}, "--impl must be among .*reference"),
         ({"dtype": "int8"}, "--dtype must be one of"),
-        ({"suite": "huge"}, "--suite must be one of quick, cpu, layers, hga, gpu"),
+        ({"suite": "huge"}, "--suite must be one of 'quick', 'cpu', 'layers', 'hga', 'gpu'"),
         ({"rounds": 3}, "--rounds must be at least 7"),
         ({"threads": 0}, "--threads must be at least 1"),
         ({"suite": "gpu", "threads": 1}, "--path and --threads choose among processor kernels"),

@@ -15,3 +15,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """A small model and its tokenizer."""
+    pytest.importorskip("transformers")
+    from test_chat_and_cli import save_tokenizer
+    from tiny_models import tiny
+
+    directory = tmp_path_factory.mktemp("base")
+    tiny().save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory

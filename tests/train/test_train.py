@@ -21,7 +21,7 @@ pytest.importorskip("peft")
 import tokenizers
 import torch
 import transformers as hf
-from test_chat_and_cli import WORDS, save_tokenizer
+from test_chat_and_cli import WORDS
 from tiny_models import hici_config, prompt, randomise_slots, tiny, worst
 from torch import nn
 from typer.testing import CliRunner
@@ -40,14 +40,6 @@ SLOTS = {"num_local_slots": 5, "global_slots": 3, "num_heads": 4, "bottleneck_di
          "segment_len": 8}  # fmt: skip
 SMALL = {"context": 64, "hici": SLOTS, "max_steps": 6, "accumulation": 2, "warmup_steps": 2, "save_steps": 2,
          "hici_grad_clip": 0.05, "learning_rate": 1e-3, "hici_lr": 1e-2}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    tiny().save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import _dispatch, _native, _outputs
+from .. import _checks, _dispatch, _native, _outputs
 from . import ceilings as limits
 from . import chart, decode, hga_layer, kv_store, machine, report
 from .case import Case
@@ -47,11 +47,9 @@ def run(
     subjects = HGA_SUBJECTS if suite == HGA else SUBJECTS
     chosen = _names("--op", ops, subjects) or list(subjects)
     sides = _names("--impl", impls, _dispatch.ORDER) or None
-    kind = dtype
-    if kind is not None and kind not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {kind!r}")
-    if suite not in (*SUITES, HGA, "gpu"):
-        raise ValueError(f"--suite must be one of {', '.join((*SUITES, HGA, 'gpu'))}, got {suite!r}")
+    if dtype is not None:
+        _checks.choice("--dtype", dtype, tuple(DTYPES))
+    _checks.choice("--suite", suite, (*SUITES, HGA, "gpu"))
     if rounds < 7:
         raise ValueError(f"--rounds must be at least 7 for a median that means something, got {rounds}")
     if threads is not None and threads < 1:
@@ -67,7 +65,7 @@ def run(
         return gpu_run.run(
             ops=chosen if ops else None,
             impls=sides,
-            dtype=None if kind is None else DTYPES[kind],
+            dtype=None if dtype is None else DTYPES[dtype],
             rounds=rounds,
             json_path=json_path,
             chart_path=chart_path,
@@ -78,11 +76,11 @@ def run(
                 raise ValueError(f"{option} has no meaning with --suite {HGA}, got {given!r}")
         _outputs.prepare(json_path, chart_path)
         return _hga(chosen, threads=threads, rounds=rounds, json_path=json_path, chart_path=chart_path, path=path)
-    wanted = None if kind is None else DTYPES[kind]
+    wanted = None if dtype is None else DTYPES[dtype]
     cases = [c for op in chosen if op != "decode" for c in load(op, suite) if wanted in (None, c.dtype)]
     points = [p for p in decode.points(suite) if wanted in (None, p.dtype)] if "decode" in chosen else []
     if not cases and not points:
-        kinds = "" if kind is None else f" with --dtype {kind}"
+        kinds = "" if dtype is None else f" with --dtype {dtype}"
         raise ValueError(f"--suite {suite} has no case of --op {', '.join(chosen)}{kinds}")
     if points and sides is not None and len(sides) > 1:
         raise ValueError(f"--impl must be one name where --op has decode, got {impls!r}")

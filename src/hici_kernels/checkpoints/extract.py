@@ -47,8 +47,7 @@ def extract(
     if out.resolve() == run.resolve():
         raise ValueError(f"out must be another directory than the run, got {str(out)!r}")
     say = progress or (lambda line: None)
-    tensors = _weights(run, say)
-    trained = {raw for path in files.shards(run, "trainable_params") for raw, _ in files.read(path)}
+    tensors, trained = _weights(run, say)
     left: list[str] = []
     adapter: dict[str, Tensor] = {}
     trainable: dict[str, Tensor] = {}
@@ -90,23 +89,27 @@ def extract(
     return counts
 
 
-def _weights(run: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
+def _weights(run: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors by name, and the names of those in the published layout already."""
     step = zero.find(run)
     if step is not None:
         say(f"ZeRO shards in {step}")
-        return zero.weights(step)
+        return zero.weights(step), set()
     sharded = fsdp.find(run)
     if sharded is not None:
         say(f"sharded checkpoint in {sharded}")
-        return fsdp.weights(sharded)
+        return fsdp.weights(sharded), set()
     found: dict[str, Tensor] = {}
+    trained: set[str] = set()
     for stem in ("model", "pytorch_model", "adapter_model", "trainable_params"):
         for path in files.shards(run, stem):
             say(f"weights in {path}")
-            found |= dict(files.read(path))
+            held = dict(files.read(path))
+            found |= held
+            trained |= set(held) if stem == "trainable_params" else set()
     if not found:
         raise ValueError(
             f"{run} holds no weights this library knows: neither ZeRO shards (*optim_states.pt), nor a sharded "
             "checkpoint (.metadata), nor model, pytorch_model, adapter_model or trainable_params files"
         )
-    return found
+    return found, trained

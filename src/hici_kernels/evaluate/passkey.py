@@ -28,16 +28,10 @@ def prompt_of(tokenizer: Any, length: int, depth: float, key: int) -> list[int]:
     The published lines: task, filler, "The pass key is X. Remember it. X is the pass key.", filler, question. Filler is
     cut at token level so that the length is met to a sentence.
     """
-    key_line = f"The pass key is {key}. Remember it. {key} is the pass key."
-    fixed = len(encode_prompt(tokenizer, "\n".join((TASK, "", key_line, "", QUESTION))))
-    sentence = len(_encode(tokenizer, FILLER))
-    copies = (length - fixed) // sentence
-    if copies < 0:
-        raise ValueError(f"length must be at least {fixed} tokens for a passkey prompt, got {length}")
+    copies = (length - _fixed(tokenizer, length, key)) // len(_encode(tokenizer, FILLER))
     while True:
         before = round(depth * copies)
-        lines = (TASK, FILLER * before, key_line, FILLER * (copies - before), QUESTION)
-        ids = encode_prompt(tokenizer, "\n".join(lines))
+        ids = encode_prompt(tokenizer, _text(key, before, copies - before))
         if len(ids) <= length or copies == 0:
             return ids
         copies -= 1
@@ -53,7 +47,7 @@ def run(
         if not 0 <= depth <= 1:
             raise ValueError(f"depth must be between 0 and 1, got {depth}")
     for length in lengths:
-        prompt_of(evaluated.tokenizer, length, 0.0, LARGEST_KEY - 1)  # refuses one that is too short
+        _fixed(evaluated.tokenizer, length, LARGEST_KEY - 1)
     heads, cells = [], []
     plan = [(n, d) for n in lengths for d in depths]
     for length in lengths:
@@ -71,6 +65,23 @@ def run(
             {"length": length, "depth": depth, "accuracy": hits / trials, "trials": trials, "tokens": max(asked)}
         )
     return {"task": "passkey", "rows": heads, "cells": cells}
+
+
+def _text(key: int, before: int, after: int) -> str:
+    key_line = f"The pass key is {key}. Remember it. {key} is the pass key."
+    return "\n".join((TASK, FILLER * before, key_line, FILLER * after, QUESTION))
+
+
+def _fixed(tokenizer: Any, length: int, key: int) -> int:
+    """Tokens of a prompt without filler.
+
+    Raises:
+        ValueError: ``length`` is less.
+    """
+    fixed = len(encode_prompt(tokenizer, _text(key, 0, 0)))
+    if length < fixed:
+        raise ValueError(f"length must be at least {fixed} tokens for a passkey prompt, got {length}")
+    return fixed
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -31,7 +31,8 @@ def sliding(
     Args:
         windows: evenly spaced ones of these windows; None = all.
     """
-    starts = _spread(list(range(0, len(ids) - length, stride)), windows, ids, length)
+    _check_length(ids, length)
+    starts = _spread(list(range(0, len(ids) - length, stride)), windows)
     total, count, per = 0.0, 0, []
     for start in progress(starts, f"ppl {length}"):
         window = torch.from_numpy(ids[start : start + length].astype(np.int64))[None]
@@ -50,10 +51,8 @@ def last_token(evaluated: Evaluated, ids: np.ndarray, length: int, *, windows: i
     Args:
         windows: number of tokens scored, at places drawn by ``seed`` without repetition.
     """
-    room = len(ids) - length
-    if room < 1:
-        raise ValueError(f"data must hold more than {length} tokens, got {len(ids)}")
-    starts = np.random.default_rng(seed).permutation(room)[:windows]
+    _check_length(ids, length)
+    starts = np.random.default_rng(seed).permutation(len(ids) - length)[:windows]
     losses = []
     for start in progress(sorted(int(s) for s in starts), f"last {length}"):
         window = torch.from_numpy(ids[start : start + length].astype(np.int64))[None]
@@ -62,9 +61,12 @@ def last_token(evaluated: Evaluated, ids: np.ndarray, length: int, *, windows: i
     return _result("last", float(np.mean(losses)), losses, len(losses), length)
 
 
-def _spread(starts: list[int], windows: int | None, ids: np.ndarray, length: int) -> list[int]:
-    if not starts:
+def _check_length(ids: np.ndarray, length: int) -> None:
+    if len(ids) <= length:
         raise ValueError(f"data must hold more than {length} tokens, got {len(ids)}")
+
+
+def _spread(starts: list[int], windows: int | None) -> list[int]:
     if windows is None or windows >= len(starts):
         return starts
     return [starts[i] for i in np.linspace(0, len(starts) - 1, windows).astype(int)]
@@ -105,8 +107,7 @@ def run(
     rows = []
     for length in lengths:
         _checks.integer("length", length, 2)
-        if len(ids) <= length:
-            raise ValueError(f"data must hold more than {length} tokens, got {len(ids)}")
+        _check_length(ids, length)
     for length in lengths:
         head = evaluated.describe(length, seed)
         for protocol in protocols:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,15 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids).decode("utf-8", "replace")
 
 
+def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Tokens of a text without the end-of-text token that some tokenizers put at their end."""
+    found = list(ids)
+    return found[:-1] if found and found[-1] == tokenizer.eos_token_id else found
+
+
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text that is to be continued: as the tokenizer begins texts, without an end."""
-    ids = list(tokenizer.encode(text, add_special_tokens=True))
-    return ids[:-1] if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id else ids
+    return without_end(tokenizer.encode(text, add_special_tokens=True), tokenizer)
 
 
 def dtype_for(vocab_size: int) -> np.dtype:

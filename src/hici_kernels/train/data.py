@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..evaluate.tokens import without_end
 from .recipe import Recipe
 
 IGNORED = -100
@@ -75,12 +76,6 @@ def _entries(path: Path) -> Iterable[Any]:
                 yield entry
 
 
-def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Tokens of a text without an end-of-text token at their end."""
-    found = list(ids)
-    return found[:-1] if found and found[-1] == tokenizer.eos_token_id else found
-
-
 def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, directory: Path) -> Path:
     """Tokenise and pack into a folder below ``directory``; what is there already for the same input is kept.
 
@@ -111,7 +106,6 @@ def prepare(paths: Sequence[Path], kind: str, tokenizer: Any, recipe: Recipe, di
     with open(beside / "tokens.bin", "wb") as tokens, open(beside / "labels.bin", "wb") as labels:
         for prompt, text in tqdm(documents(paths, kind, recipe.template), desc="tokens", unit=" documents",
                                  disable=None):  # fmt: skip
-            # some tokenizers end every text themselves
             asked = without_end(tokenizer(prompt)["input_ids"], tokenizer) if prompt else []
             answer = without_end(tokenizer(text, add_special_tokens=not prompt)["input_ids"], tokenizer)
             ids = np.asarray([*asked, *answer, tokenizer.eos_token_id], dtype=np.int32)
