@@ -235,20 +235,10 @@ const int64_t* list_of(const TensorView& t, const char* name, int64_t count) {
   return pointer<const int64_t>(t);
 }
 
-// Bytes of a mask of `groups` bits.
-int64_t mask_bytes(const TensorView& t, int64_t groups) {
-  check_cpu(t, "visible");
-  check_contiguous(t, "visible");
-  const DLDataType type = t.dtype();
-  if (type != kUInt8 && type != kInt64) TVM_FFI_THROW(TypeError) << "visible must be uint8 or int64";
-  if (groups > type.bits) TVM_FFI_THROW(ValueError) << "visible has masks of " << type.bits << " bits, expected " << groups;
-  return type.bits / 8;
-}
-
-void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorView starts, TensorView offsets,
-                   TensorView visible, TensorView positions, int64_t kv_heads, int64_t page_tokens, int64_t group_size,
-                   int64_t k_token, int64_t v_token, double scale, TensorView out, TensorView lse, int64_t path,
-                   int64_t threads) {
+void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorView chunks, TensorView offsets,
+                   TensorView positions, TensorView routes, int64_t kv_heads, int64_t group_size, int64_t chunk_size,
+                   int64_t keep_first, int64_t keep_last, int64_t k_token, int64_t v_token, double scale, TensorView out,
+                   TensorView lse, int64_t path, int64_t threads) {
   cpu::PageProblem p{};
   const DLDataType type = q.dtype();
   p.element = element_of(q, "q");
@@ -256,24 +246,37 @@ void pages_forward(TensorView q, TensorView k_pages, TensorView v_pages, TensorV
   p.batch = q.size(0), p.queries = q.size(1), p.heads = q.size(2), p.dim = q.size(3), p.kv_heads = kv_heads;
   if (kv_heads < 1 || p.heads % kv_heads || p.dim < 1)
     TVM_FFI_THROW(ValueError) << "q has " << p.heads << " heads of " << p.dim << ", expected a multiple of " << kv_heads;
-  positive(page_tokens, "page_tokens");
+  if (p.queries > std::numeric_limits<int32_t>::max() / p.heads) TVM_FFI_THROW(ValueError) << "q has too many positions";
+  positive(chunk_size, "chunk_size");
   positive(group_size, "group_size");
-  if (page_tokens % group_size || page_tokens / group_size > 64)
-    TVM_FFI_THROW(ValueError) << "group_size must divide page_tokens " << page_tokens << " into at most 64 groups";
+  natural(keep_first, "keep_first");
+  natural(keep_last, "keep_last");
+  if (chunk_size % group_size) TVM_FFI_THROW(ValueError) << "group_size must divide chunk_size";
+  p.group_size = group_size, p.chunk_size = chunk_size, p.keep_first = keep_first, p.keep_last = keep_last;
   if (k_pages.ndim() != 1) TVM_FFI_THROW(ValueError) << "k_pages must have 1 dimension, got shape " << k_pages.shape();
-  p.page_count = k_pages.size(0), p.page_tokens = page_tokens, p.group_size = group_size;
-  p.k_token = k_token, p.v_token = v_token;
+  p.page_count = k_pages.size(0), p.k_token = k_token, p.v_token = v_token;
   p.k_pages = list_of(k_pages, "k_pages", p.page_count), p.v_pages = list_of(v_pages, "v_pages", p.page_count);
-  p.starts = list_of(starts, "starts", p.page_count);
+  p.chunks = list_of(chunks, "chunks", p.page_count);
   p.offsets = list_of(offsets, "offsets", p.batch * kv_heads + 1);
   if (p.offsets[0] != 0 || p.offsets[p.batch * kv_heads] != p.page_count)
     TVM_FFI_THROW(ValueError) << "offsets must run from 0 to " << p.page_count;
-  for (int64_t i = 0; i < p.batch * kv_heads; ++i)
-    if (p.offsets[i + 1] < p.offsets[i]) TVM_FFI_THROW(ValueError) << "offsets must not decrease";
-  p.mask_bytes = mask_bytes(visible, page_tokens / group_size);
-  check_shape(visible, "visible", {p.page_count, p.queries, p.heads / kv_heads});
-  p.visible = pointer<const void>(visible);
+  // groups of all chunks have ids in routes
+  const int64_t most = std::numeric_limits<int32_t>::max() / (chunk_size / group_size);
+  for (int64_t i = 0; i < p.batch * kv_heads; ++i) {
+    if (p.offsets[i + 1] < p.offsets[i] || p.offsets[i + 1] > p.page_count)
+      TVM_FFI_THROW(ValueError) << "offsets must not decrease";
+    for (int64_t x = p.offsets[i], before = -1; x < p.offsets[i + 1]; before = p.chunks[x++])
+      if (p.chunks[x] <= before || p.chunks[x] >= most)
+        TVM_FFI_THROW(ValueError) << "chunks of a list must ascend from 0 to less than " << most << ", got " << p.chunks[x]
+                                  << " after " << before;
+  }
   p.positions = indices(positions, "positions", p.batch, p.queries);
+  check_cpu(routes, "routes");
+  check_type(routes, "routes", kInt32);
+  check_contiguous(routes, "routes");
+  p.width = routes.ndim() == 4 ? routes.size(3) : 0;
+  check_shape(routes, "routes", {p.batch, p.queries, p.heads, p.width});
+  p.routes = pointer<const int32_t>(routes);
   p.scale = static_cast<float>(scale);
   check_cpu(out, "out");
   p.wide = element_of(out, "out") == cpu::Element::kFloat32;
@@ -307,8 +310,8 @@ void fill(const TensorView& t, const char* name, const std::vector<T>& from) {
 // counts: pages of all lists, of which in records.
 void history_pages(TensorView routes, TensorView positions, TensorView base, TensorView records, int64_t pages,
                    int64_t chunk_size, int64_t group_size, int64_t keep_first, int64_t keep_last, MaybeTensor sinks_k,
-                   MaybeTensor sinks_v, TensorView tail_k, TensorView tail_v, TensorView k, TensorView v, TensorView starts,
-                   TensorView offsets, TensorView visible, TensorView at, TensorView number, TensorView counts) {
+                   MaybeTensor sinks_v, TensorView tail_k, TensorView tail_v, TensorView k, TensorView v, TensorView chunks,
+                   TensorView offsets, TensorView at, TensorView number, TensorView counts) {
   cpu::HistoryProblem p{};
   check_cpu(routes, "routes");
   check_type(routes, "routes", kInt32);
@@ -322,8 +325,7 @@ void history_pages(TensorView routes, TensorView positions, TensorView base, Ten
   positive(group_size, "group_size");
   natural(keep_first, "keep_first");
   natural(keep_last, "keep_last");
-  if (chunk_size % group_size || chunk_size / group_size > 64)
-    TVM_FFI_THROW(ValueError) << "group_size must divide chunk_size " << chunk_size << " into at most 64 groups";
+  if (chunk_size % group_size) TVM_FFI_THROW(ValueError) << "group_size must divide chunk_size";
   p.chunk_size = chunk_size, p.group_size = group_size, p.keep_first = keep_first, p.keep_last = keep_last;
   p.token = tail_k.size(3) * tail_k.dtype().bits / 8;
   p.routes = pointer<const int32_t>(routes);
@@ -352,16 +354,9 @@ void history_pages(TensorView routes, TensorView positions, TensorView base, Ten
     p.sinks[0] = buffer_of(sinks_k.value(), "sinks_k", p.batch, p.kv_heads, in_sinks, p.token);
     p.sinks[1] = buffer_of(sinks_v.value(), "sinks_v", p.batch, p.kv_heads, in_sinks, p.token);
   }
-  cpu::HistoryPages found;
-  const int64_t bytes = mask_bytes(visible, chunk_size / group_size);
-  if (visible.ndim() != 3) TVM_FFI_THROW(ValueError) << "visible must have 3 dimensions, got shape " << visible.shape();
-  check_shape(visible, "visible", {visible.size(0), p.queries, p.heads / p.kv_heads});
-  const bool fits = bytes == 1
-                        ? cpu::hga_history_pages(p, found, cpu::Masks<uint8_t>{pointer<uint8_t>(visible), visible.size(0)})
-                        : cpu::hga_history_pages(p, found, cpu::Masks<uint64_t>{pointer<uint64_t>(visible), visible.size(0)});
-  if (!fits) TVM_FFI_THROW(ValueError) << "visible has no room for more than " << visible.size(0) << " pages";
+  const cpu::HistoryPages found = cpu::hga_history_pages(p);
   if (found.missing) TVM_FFI_THROW(ValueError) << "routes name a chunk that no record holds";
-  fill(k, "k", found.k), fill(v, "v", found.v), fill(starts, "starts", found.starts);
+  fill(k, "k", found.k), fill(v, "v", found.v), fill(chunks, "chunks", found.chunks);
   fill(offsets, "offsets", found.offsets);
   fill(at, "at", found.at), fill(number, "number", found.number);
   const std::vector<int64_t> sizes{static_cast<int64_t>(found.k.size()), static_cast<int64_t>(found.at.size())};

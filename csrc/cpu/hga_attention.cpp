@@ -58,7 +58,8 @@ void attend_few(const Problem& p, const OrderedQueries& queries, void* out, floa
   std::vector<Item> items;
   std::vector<Merge> merges;
   int64_t partials = 0;
-  const int64_t wanted = (kItems + lists - 1) / lists;
+  // of the heads alone: what a row gets does not depend on the others of its batch
+  const int64_t wanted = (kItems + p.kv_heads - 1) / p.kv_heads;
   for (int64_t i = 0; i < lists; ++i) {
     const RunList& list = builders[i].list();
     if (list.rows == 0) continue;
@@ -153,7 +154,7 @@ void hga_attention_forward(const RoutedProblem& p, void* out, float* lse, Isa is
 }
 
 void hga_pages_forward(const PageProblem& p, void* out, float* lse, Isa isa, Execution execution) {
-  if (p.page_count * p.page_tokens * p.queries < kWorthTokens) execution.threads = 1;
+  if (p.page_count * p.chunk_size * p.queries < kWorthTokens) execution.threads = 1;
   attend(p, out, lse, isa, execution);
 }
 

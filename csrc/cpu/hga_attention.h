@@ -21,24 +21,24 @@ struct RoutedProblem {
   float scale;
 };
 
-// Attention over pages, the entry of caches. A page is the keys and values of up to `page_tokens` consecutive tokens of
-// one kv head, at any address: token i of it lies at k_pages[x] + i * k_token elements, contiguous in dim. Pages
-// [offsets[b * kv_heads + g], offsets[b * kv_heads + g + 1]) are those of row b and kv head g, in any order; no token may
-// be in two of them. Bit m of visible[x][t][h] says that query t, head g * (heads / kv_heads) + h, sees the tokens
-// [m * group_size, (m + 1) * group_size) of page x: page_tokens / group_size <= 8 mask_bytes bits. Among those it sees only
-// tokens of index starts[x] + i <= positions[b][t]; memory of tokens that no query sees is not read. Nothing is written but
-// out, in float32 where `wide` says so, and lse.
+// Attention over pages, the entry of caches. A page is one chunk of the history of one kv head, at any address: token i of
+// it lies at k_pages[x] + i * k_token elements, contiguous in dim. Pages [offsets[b * kv_heads + g], offsets[b * kv_heads +
+// g + 1]) are those of row b and kv head g, in ascending order of their chunks, each chunk once. A query attends what it
+// sees by RoutedProblem's rules of the chunks that are there, and nothing of others: parts of a history are attended one
+// after the other and merged. Memory of tokens that no query sees is not read. Nothing is written but out, in float32 where
+// `wide` says so, and lse.
 struct PageProblem {
   Element element;
   int64_t batch, queries, heads, kv_heads, dim;
   Sequence4 q;
-  int64_t page_count, page_tokens, group_size, k_token, v_token;
+  int64_t page_count, k_token, v_token;
   const int64_t *k_pages, *v_pages;  // [page_count] addresses
-  const int64_t* starts;             // [page_count] index of a page's first token
+  const int64_t* chunks;             // [page_count] number of a page's chunk
   const int64_t* offsets;            // [batch * kv_heads + 1]
-  const void* visible;               // [page_count, queries, heads / kv_heads]
-  int64_t mask_bytes;                // of an entry of visible: 1 or 8
   const int64_t* positions;          // [batch, queries]; negative = sees nothing
+  const int32_t* routes;             // [batch, queries, heads, width]
+  int64_t width;
+  int64_t group_size, chunk_size, keep_first, keep_last;
   float scale;
   bool wide = false;
 };

@@ -1,4 +1,4 @@
-// The pages a call attends over a stored history: sinks, opened records and tail, from its routes.
+// The pages a call attends over a stored history: its chunks among sinks, opened records and tail.
 #pragma once
 
 #include <cstdint>
@@ -25,21 +25,12 @@ struct HistoryProblem {
 
 // Entry x of a list is a chunk of one kv head of one row; lists are those of PageProblem.
 struct HistoryPages {
-  std::vector<int64_t> k, v;        // addresses; 0 for a page of a record
-  std::vector<int64_t> starts, offsets;
+  std::vector<int64_t> k, v;  // addresses; 0 for a page of a record
+  std::vector<int64_t> chunks, offsets;
   std::vector<int64_t> at, number;  // entries that are pages of records, and which
   bool missing = false;             // a route names a chunk that no record holds
 };
 
-// Masks of PageProblem, written for as many pages as there is room for. Mask: uint8_t or uint64_t, a bit a group.
-template <class Mask>
-struct Masks {
-  Mask* data;
-  int64_t room;  // pages
-};
-
-// False where there is no room; `out` is then worth nothing.
-template <class Mask>
-bool hga_history_pages(const HistoryProblem& problem, HistoryPages& out, const Masks<Mask>& visible);
+HistoryPages hga_history_pages(const HistoryProblem& problem);
 
 }  // namespace hici::cpu

@@ -1,10 +1,15 @@
 #include "hga_runs.h"
 
 #include <algorithm>
-#include <cstring>
+#include <limits>
 
 namespace hici::cpu {
 namespace {
+
+// A group costs about this many times less to look at than one of a few to sort.
+constexpr int64_t kSortedShare = 16;
+
+int64_t size_of(Element e) { return e == Element::kFloat32 ? 4 : 2; }
 
 const char* moved(const void* p, int64_t elements, int64_t size) { return static_cast<const char*>(p) + elements * size; }
 
@@ -13,11 +18,65 @@ int64_t index_of(const RoutedProblem& p, int64_t b, int64_t t) {
 }
 int64_t index_of(const PageProblem& p, int64_t b, int64_t t) { return p.positions[b * p.queries + t]; }
 
+// Where the tokens of one kv head of one batch row lie, chunk by chunk. Asked in ascending order.
+class TensorChunks {
+ public:
+  TensorChunks(const RoutedProblem& p, const RunRows& rows)
+      : k(moved(p.k.data, rows.batch * p.k.batch + rows.kv_head * p.k.head, size_of(p.element))),
+        v(moved(p.v.data, rows.batch * p.v.batch + rows.kv_head * p.v.head, size_of(p.element))),
+        columns(p.columns ? p.columns + rows.batch * p.keys : nullptr),
+        groups(p.keys / p.group_size),
+        chunk_size_(p.chunk_size) {}
+  int64_t next(int64_t chunk) const { return chunk; }
+  int64_t skipped(int64_t chunk) const { return chunk * chunk_size_; }  // tokens from k to the chunk
+
+  const void *k, *v;
+  const int64_t* columns;
+  int64_t groups;
+
+ private:
+  int64_t chunk_size_;
+};
+
+class PageChunks {
+ public:
+  PageChunks(const PageProblem& p, const RunRows& rows) : pages_(p) {
+    const int64_t list = rows.batch * p.kv_heads + rows.kv_head;
+    at_ = p.offsets[list], end_ = p.offsets[list + 1];
+    groups = at_ < end_ ? (p.chunks[end_ - 1] + 1) * (p.chunk_size / p.group_size) : 0;
+  }
+  // the first chunk from this one on that there is
+  int64_t next(int64_t chunk) {
+    while (at_ < end_ && pages_.chunks[at_] < chunk) ++at_;
+    if (at_ == end_) return std::numeric_limits<int64_t>::max();
+    k = reinterpret_cast<const void*>(pages_.k_pages[at_]), v = reinterpret_cast<const void*>(pages_.v_pages[at_]);
+    return pages_.chunks[at_];
+  }
+  int64_t skipped(int64_t) const { return 0; }
+
+  const void *k = nullptr, *v = nullptr;
+  static constexpr const int64_t* columns = nullptr;
+  int64_t groups;
+
+ private:
+  const PageProblem& pages_;
+  int64_t at_, end_;
+};
+
+TensorChunks chunks_of(const RoutedProblem& p, const RunRows& rows) { return {p, rows}; }
+PageChunks chunks_of(const PageProblem& p, const RunRows& rows) { return {p, rows}; }
+
+struct Steps {
+  int64_t k, v;
+};
+Steps steps_of(const RoutedProblem& p) { return {p.k.seq, p.v.seq}; }
+Steps steps_of(const PageProblem& p) { return {p.k_token, p.v_token}; }
+
 }  // namespace
 
 template <class Problem>
 void RunBuilder::start(const Problem& p, const RunRows& rows, void* out, float* lse) {
-  size_ = p.element == Element::kFloat32 ? 4 : 2;
+  size_ = size_of(p.element);
   const int64_t group = p.heads / p.kv_heads;
   q_.clear(), index_.clear(), out_.clear(), lse_.clear(), runs_.clear(), row_ids_.clear();
   tokens_ = 0;
@@ -35,6 +94,7 @@ void RunBuilder::start(const Problem& p, const RunRows& rows, void* out, float* 
       lse_.push_back(lse + (rows.batch * p.heads + head) * p.queries + t);
     }
   list_.element = p.element, list_.dim = p.dim, list_.scale = p.scale, list_.wide = wide_out(p);
+  list_.k_step = steps_of(p).k, list_.v_step = steps_of(p).v;
 }
 
 void RunBuilder::finish() {
@@ -71,11 +131,10 @@ void RunBuilder::add(const void* k, const void* v, const int64_t* columns, int64
   }
 }
 
-void RunBuilder::window(const RoutedProblem& p, const RunRows& rows) {
+template <class Problem>
+void RunBuilder::window(const Problem& p, const RunRows& rows) {
   const int64_t group = p.heads / p.kv_heads, c = p.chunk_size;
-  const void* const kb = moved(p.k.data, rows.batch * p.k.batch + rows.kv_head * p.k.head, size_);
-  const void* const vb = moved(p.v.data, rows.batch * p.v.batch + rows.kv_head * p.v.head, size_);
-  const int64_t* const columns = p.columns ? p.columns + rows.batch * p.keys : nullptr;
+  auto chunks = chunks_of(p, rows);
   // row_ids_[i] = i, so that any range of rows is there
   for (int64_t i = 0; i < rows.count * group; ++i) row_ids_.push_back(static_cast<int32_t>(i));
   const auto chunk_of = [&](int64_t i) { return index_[i * group] / c; };
@@ -83,20 +142,20 @@ void RunBuilder::window(const RoutedProblem& p, const RunRows& rows) {
   const int64_t first = chunk_of(0), last = chunk_of(rows.count - 1), end = index_.back() + 1;
   int64_t from = 0, to = 0;  // queries [from, to) see chunk x
   const auto see = [&](int64_t x, int64_t a, int64_t b) {
-    const int64_t start = x * c, count = std::min(c, end - start);
+    const int64_t start = x * c, count = std::min(c, end - start), skip = chunks.skipped(x);
     if (a >= b || count <= 0) return;
-    const void* const at_k = columns ? kb : moved(kb, start * p.k.seq, size_);
-    const void* const at_v = columns ? vb : moved(vb, start * p.v.seq, size_);
-    add(at_k, at_v, columns ? columns + start : nullptr, start, count, static_cast<int32_t>(a * group),
+    add(chunks.columns ? chunks.k : moved(chunks.k, skip * list_.k_step, size_),
+        chunks.columns ? chunks.v : moved(chunks.v, skip * list_.v_step, size_),
+        chunks.columns ? chunks.columns + skip : nullptr, start, count, static_cast<int32_t>(a * group),
         static_cast<int32_t>((b - a) * group));
   };
   // queries of chunk x or later, from `from` on
-  int64_t x = 0;
-  for (; x < std::min(p.keep_first, last + 1); ++x) {
+  int64_t x = chunks.next(0);
+  for (; x < std::min(p.keep_first, last + 1); x = chunks.next(x + 1)) {
     while (from < rows.count && chunk_of(from) < x) ++from;
     see(x, from, rows.count);
   }
-  for (x = std::max(x, first_seen(first)); x <= last; ++x) {
+  for (x = chunks.next(std::max(x, first_seen(first))); x <= last; x = chunks.next(x + 1)) {
     while (from < rows.count && chunk_of(from) < x) ++from;
     to = std::max(to, from);
     while (to < rows.count && first_seen(chunk_of(to)) <= x) ++to;
@@ -104,9 +163,11 @@ void RunBuilder::window(const RoutedProblem& p, const RunRows& rows) {
   }
 }
 
-void RunBuilder::routed(const RoutedProblem& p, const RunRows& rows) {
+template <class Problem>
+void RunBuilder::routed(const Problem& p, const RunRows& rows) {
   const int64_t group = p.heads / p.kv_heads, per_chunk = p.chunk_size / p.group_size;
-  const int64_t groups = p.keys / p.group_size;
+  auto chunks = chunks_of(p, rows);
+  const int64_t groups = chunks.groups;
   if (static_cast<int64_t>(places_.size()) < groups) places_.resize(groups, 0);
   touched_.clear(), row_of_.clear(), group_of_.clear();
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -127,7 +188,7 @@ void RunBuilder::routed(const RoutedProblem& p, const RunRows& rows) {
       }
     }
   }
-  std::sort(touched_.begin(), touched_.end());
+  in_order(groups);
   int32_t at = static_cast<int32_t>(row_ids_.size());
   row_ids_.resize(row_ids_.size() + row_of_.size());
   for (const int32_t id : touched_) {
@@ -136,60 +197,41 @@ void RunBuilder::routed(const RoutedProblem& p, const RunRows& rows) {
     at += count;
   }
   for (size_t i = 0; i < row_of_.size(); ++i) row_ids_[places_[group_of_[i]]++] = row_of_[i];
-  const void* const kb = moved(p.k.data, rows.batch * p.k.batch + rows.kv_head * p.k.head, size_);
-  const void* const vb = moved(p.v.data, rows.batch * p.v.batch + rows.kv_head * p.v.head, size_);
-  const int64_t* const columns = p.columns ? p.columns + rows.batch * p.keys : nullptr;
   int32_t begin = static_cast<int32_t>(row_ids_.size() - row_of_.size());
   for (const int32_t id : touched_) {
-    const int64_t start = id * p.group_size;
-    add(columns ? kb : moved(kb, start * p.k.seq, size_), columns ? vb : moved(vb, start * p.v.seq, size_),
-        columns ? columns + start : nullptr, start, p.group_size, begin, places_[id] - begin);
+    const int64_t chunk = id / per_chunk, first = (id - chunk * per_chunk) * p.group_size;
+    if (chunks.next(chunk) == chunk) {
+      const int64_t skip = chunks.skipped(chunk) + first;
+      add(chunks.columns ? chunks.k : moved(chunks.k, skip * list_.k_step, size_),
+          chunks.columns ? chunks.v : moved(chunks.v, skip * list_.v_step, size_),
+          chunks.columns ? chunks.columns + skip : nullptr, id * p.group_size, p.group_size, begin, places_[id] - begin);
+    }
     begin = places_[id];
     places_[id] = 0;
   }
 }
 
-void RunBuilder::build(const RoutedProblem& p, const RunRows& rows, void* out, float* lse) {
+// The groups that rows have opened: read off where they are many, sorted where they are few.
+void RunBuilder::in_order(int64_t groups) {
+  if (static_cast<int64_t>(touched_.size()) * kSortedShare < groups) {
+    std::sort(touched_.begin(), touched_.end());
+    return;
+  }
+  touched_.clear();
+  for (int64_t id = 0; id < groups; ++id)
+    if (places_[id] != 0) touched_.push_back(static_cast<int32_t>(id));
+}
+
+template <class Problem>
+void RunBuilder::build(const Problem& p, const RunRows& rows, void* out, float* lse) {
   start(p, rows, out, lse);
-  list_.k_step = p.k.seq, list_.v_step = p.v.seq;
   window(p, rows);
   if (p.width > 0) routed(p, rows);
   finish();
 }
 
-template <class Mask>
-void RunBuilder::pages(const PageProblem& p, const RunRows& rows, const Mask* visible) {
-  const int64_t group = p.heads / p.kv_heads, list = rows.batch * p.kv_heads + rows.kv_head;
-  for (int64_t x = p.offsets[list]; x < p.offsets[list + 1]; ++x) {
-    for (int64_t m = 0; m < p.page_tokens / p.group_size; ++m) {
-      const int64_t first = m * p.group_size, start = p.starts[x] + first;
-      const int32_t begin = static_cast<int32_t>(row_ids_.size());
-      int64_t highest = -1;
-      for (int64_t i = 0; i < rows.count; ++i) {
-        if (index_[i * group] < start) continue;
-        const Mask* const bits = visible + (x * p.queries + rows.queries[i]) * group;
-        for (int64_t h = 0; h < group; ++h)
-          if (bits[h] >> m & 1) row_ids_.push_back(static_cast<int32_t>(i * group + h)), highest = index_[i * group];
-      }
-      const int32_t count = static_cast<int32_t>(row_ids_.size()) - begin;
-      if (count == 0) continue;
-      const void* const k = reinterpret_cast<const void*>(p.k_pages[x]);
-      const void* const v = reinterpret_cast<const void*>(p.v_pages[x]);
-      add(moved(k, first * p.k_token, size_), moved(v, first * p.v_token, size_), nullptr, start,
-          std::min(p.group_size, highest - start + 1), begin, count);
-    }
-  }
-}
-
-void RunBuilder::build(const PageProblem& p, const RunRows& rows, void* out, float* lse) {
-  start(p, rows, out, lse);
-  list_.k_step = p.k_token, list_.v_step = p.v_token;
-  if (p.mask_bytes == 1)
-    pages(p, rows, static_cast<const uint8_t*>(p.visible));
-  else
-    pages(p, rows, static_cast<const uint64_t*>(p.visible));
-  finish();
-}
+template void RunBuilder::build(const RoutedProblem&, const RunRows&, void*, float*);
+template void RunBuilder::build(const PageProblem&, const RunRows&, void*, float*);
 
 template <class Index>
 OrderedQueries::OrderedQueries(int64_t batch, int64_t count, Index&& index) {

@@ -1,4 +1,4 @@
-// Lists of runs: who sees what, from routes or from pages.
+// Lists of runs: who sees which tokens, by window and routes, and where they lie.
 #pragma once
 
 #include <vector>
@@ -20,8 +20,9 @@ class RunBuilder {
   // most tokens of a run; adjacent runs that the same rows see are joined up to it
   explicit RunBuilder(int64_t run_tokens) : run_tokens_(run_tokens) {}
 
-  void build(const RoutedProblem& problem, const RunRows& rows, void* out, float* lse);
-  void build(const PageProblem& problem, const RunRows& rows, void* out, float* lse);
+  // Problem: RoutedProblem or PageProblem
+  template <class Problem>
+  void build(const Problem& problem, const RunRows& rows, void* out, float* lse);
   // valid until the next build()
   const RunList& list() const { return list_; }
   int64_t tokens() const { return tokens_; }  // of all runs
@@ -35,10 +36,11 @@ class RunBuilder {
            int32_t rows_count);
   bool joins(const void* k, const void* v, const int64_t* columns, int64_t start, int64_t count, int32_t rows_begin,
              int32_t rows_count) const;
-  void window(const RoutedProblem& problem, const RunRows& rows);
-  void routed(const RoutedProblem& problem, const RunRows& rows);
-  template <class Mask>
-  void pages(const PageProblem& problem, const RunRows& rows, const Mask* visible);
+  template <class Problem>
+  void window(const Problem& problem, const RunRows& rows);
+  template <class Problem>
+  void routed(const Problem& problem, const RunRows& rows);
+  void in_order(int64_t groups);
 
   int64_t run_tokens_, tokens_ = 0, size_ = 0;
   RunList list_{};
@@ -49,7 +51,7 @@ class RunBuilder {
   std::vector<Run> runs_;
   std::vector<int32_t> row_ids_;
   std::vector<int32_t> touched_, row_of_, group_of_;
-  std::vector<int32_t> places_;  // per group: how many rows, then where they go; all 0 between builds
+  std::vector<int32_t> places_;  // per group: how many rows, then where they go; all 0 between lists
 };
 
 // Queries that see something, row by row, in order of their index.

@@ -344,6 +344,7 @@ struct Attended {
   std::vector<int32_t> routes;
   int64_t width;
   double scale = 0.3;
+  std::vector<char> held;  // [batch][kv_heads][chunks]: chunks that are there; empty = all
 
   Attended(Random& random, const Call& call)
       : c(call),
@@ -372,7 +373,8 @@ struct Attended {
     return std::find(from, from + width, static_cast<int32_t>(group)) != from + width;
   }
   bool sees(int64_t b, int64_t t, int64_t h, int64_t j) const {
-    const int64_t p = c.index(b, t), chunk = j / c.config.chunk;
+    const int64_t p = c.index(b, t), chunk = j / c.config.chunk, all = (c.keys + c.config.chunk - 1) / c.config.chunk;
+    if (!held.empty() && !held[(b * c.kv_heads + h / c.group()) * all + chunk]) return false;
     return p >= 0 && j <= p && (chunk < c.config.begin(p) || chunk >= c.config.end(p) || opens(b, t, h, j / c.config.group));
   }
   Seen seen(int64_t b, int64_t t, int64_t h) const {
@@ -495,15 +497,15 @@ void check_backward(cpu::Isa isa, Random& random, const Attended<T>& x, const Re
   }
 }
 
-// The same history in pages of a chunk, tokens k_token apart, in any order.
+// The same history in pages, tokens k_token apart, some of them left out.
 template <class T>
-void check_pages(cpu::Isa isa, Random& random, const Attended<T>& x) {
+void check_pages(cpu::Isa isa, Random& random, Attended<T> x) {
   const Call& c = x.c;
-  const int64_t n = (c.keys + c.config.chunk - 1) / c.config.chunk, m = c.config.groups(), r = c.group();
+  const int64_t n = (c.keys + c.config.chunk - 1) / c.config.chunk;
   const int64_t k_token = c.dim + random.below(4), v_token = c.dim + random.below(4);
+  const double there = random.chance(0.5) ? 1 : 0.7;
   std::vector<std::unique_ptr<Exact>> memory;
-  std::vector<int64_t> k_pages, v_pages, starts, offsets{0}, positions;
-  std::vector<uint64_t> visible;
+  std::vector<int64_t> k_pages, v_pages, chunks, offsets{0}, positions;
   const auto page = [&](const Rows<T>& from, int64_t b, int64_t g, int64_t first, int64_t step) {
     const int64_t count = std::min(c.config.chunk, c.keys - first);
     memory.push_back(std::make_unique<Exact>(((count - 1) * step + c.dim) * static_cast<int64_t>(sizeof(T))));
@@ -513,37 +515,25 @@ void check_pages(cpu::Isa isa, Random& random, const Attended<T>& x) {
   };
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t g = 0; g < c.kv_heads; ++g) {
-      std::vector<int64_t> order(n);
-      std::iota(order.begin(), order.end(), 0);
-      for (int64_t i = n - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
-      for (int64_t chunk : order) {
+      for (int64_t chunk = 0; chunk < n; ++chunk) {
+        x.held.push_back(random.chance(there));
+        if (!x.held.back()) continue;
         k_pages.push_back(page(x.k, b, g, chunk * c.config.chunk, k_token));
         v_pages.push_back(page(x.v, b, g, chunk * c.config.chunk, v_token));
-        starts.push_back(chunk * c.config.chunk);
-        for (int64_t t = 0; t < c.queries; ++t)
-          for (int64_t i = 0; i < r; ++i) {
-            uint64_t bits = 0;
-            for (int64_t y = 0; y < m; ++y) {
-              const int64_t token = chunk * c.config.chunk + y * c.config.group;
-              if (token < c.keys && x.sees(b, t, g * r + i, token)) bits |= uint64_t{1} << y;
-            }
-            visible.push_back(bits);
-          }
+        chunks.push_back(chunk);
       }
       offsets.push_back(static_cast<int64_t>(k_pages.size()));
     }
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t t = 0; t < c.queries; ++t) positions.push_back(c.index(b, t));
+  const cpu::RoutedProblem whole = x.problem();
   cpu::PageProblem p{};
   p.element = element<T>(), p.batch = c.batch, p.queries = c.queries, p.heads = c.heads, p.kv_heads = c.kv_heads, p.dim = c.dim;
-  p.q = x.q.sequence(), p.page_count = static_cast<int64_t>(k_pages.size()), p.page_tokens = c.config.chunk;
-  p.group_size = c.config.group, p.k_token = k_token, p.v_token = v_token, p.k_pages = k_pages.data(), p.v_pages = v_pages.data();
-  // masks as small as they can be, in memory of their own
-  p.mask_bytes = m <= 8 ? 1 : 8;
-  const Exact masks(static_cast<int64_t>(visible.size()) * p.mask_bytes);
-  for (size_t i = 0; i < visible.size(); ++i) std::memcpy(static_cast<char*>(masks.data()) + i * p.mask_bytes, &visible[i], static_cast<size_t>(p.mask_bytes));
-  p.starts = starts.data(), p.offsets = offsets.data(), p.visible = masks.data(), p.positions = positions.data();
-  p.scale = static_cast<float>(x.scale);
+  p.q = x.q.sequence(), p.page_count = static_cast<int64_t>(k_pages.size());
+  p.k_token = k_token, p.v_token = v_token, p.k_pages = k_pages.data(), p.v_pages = v_pages.data();
+  p.chunks = chunks.data(), p.offsets = offsets.data(), p.positions = positions.data();
+  p.routes = whole.routes, p.width = whole.width, p.group_size = whole.group_size, p.chunk_size = whole.chunk_size;
+  p.keep_first = whole.keep_first, p.keep_last = whole.keep_last, p.scale = whole.scale;
   const Result<T> found(c), again(c);
   cpu::hga_pages_forward(p, found.out.data(), static_cast<float*>(found.lse.data()), isa, cpu::Execution{1});
   cpu::hga_pages_forward(p, again.out.data(), static_cast<float*>(again.lse.data()), isa, cpu::Execution{threads_of(random)});

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hici_kernels import HGAConfig, KVStore, _native
 from hici_kernels.kv import in_place
+from hici_kernels.kv import step as step_module
 
 needs_native = pytest.mark.skipif(_native.status() is not None, reason="pages are attended by the native library")
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -116,12 +117,12 @@ def test_float64_gradients_and_8_bits_are_brought_together(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("routing", ["strict", "prefix", "block"])
 @pytest.mark.parametrize(
-    "limits", [{}, {"QUERIES": 40}, {"MASK_BYTES": 2000}, {"LIST_BYTES": 4000}, {"MASK_BYTES": 0}], ids=str
+    "limits", [{}, {"SLICE_TOKENS": 40}, {"LIST_BYTES": 4000}, {"SLICE_TOKENS": 1, "LIST_BYTES": 0}], ids=str
 )
 def test_long_calls_in_place(dtype, routing: str, limits: dict, tmp_path, monkeypatch) -> None:
     """Attention over the whole, however few queries are attended at once, and the same bits in every tier."""
     for name, value in limits.items():
-        monkeypatch.setattr(in_place, name, value)
+        monkeypatch.setattr(in_place if name == "LIST_BYTES" else step_module, name, value)
     config = small(routing=routing, topk_chunks=3, topk_groups=5)
     q, k, v = tensors(400, b=2, hq=8, d=32, seed=7, dtype=dtype)
     cuts = [160, 161, 352] if routing != "block" else [160, 352]
@@ -138,10 +139,10 @@ def test_long_calls_in_place(dtype, routing: str, limits: dict, tmp_path, monkey
 
 
 @needs_native
-@pytest.mark.parametrize("masks", [1000, 20_000, in_place.MASK_BYTES])
-def test_limits_change_no_bits(masks: int, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("size", [1000, 20_000, in_place.LIST_BYTES])
+def test_limits_change_no_bits(size: int, tmp_path, monkeypatch) -> None:
     """The least host memory that holds the history, or the bank and its lists, gives what any amount gives."""
-    monkeypatch.setattr(in_place, "MASK_BYTES", masks)
+    monkeypatch.setattr(in_place, "LIST_BYTES", size)
     config = small(topk_chunks=3, topk_groups=5)
     q, k, v = tensors(400, b=2, hq=8, d=32, seed=7, dtype=torch.float32)
     cuts = [160, 200]
@@ -152,7 +153,7 @@ def test_limits_change_no_bits(masks: int, tmp_path, monkeypatch) -> None:
             assert torch.equal(feed(free, q, k, v, cuts), want)
             held = free.stats()["peak_bytes"]["host"]
         tried = 0
-        for limit in (x for size in (held, 60_000, 30_000, 20_000) for x in range(size, size + 9000, 4500)):
+        for limit in (x for least in (held, 60_000, 30_000, 20_000) for x in range(least, least + 9000, 4500)):
             try:
                 with store(config, k, tier=tier, **place, host_bytes=limit) as target:
                     got = feed(target, q, k, v, cuts)
@@ -166,26 +167,14 @@ def test_limits_change_no_bits(masks: int, tmp_path, monkeypatch) -> None:
 
 
 @needs_native
-def test_limits_change_no_bits_of_a_long_call() -> None:
-    """Its masks are larger than what the history leaves of the limit."""
-    config = small(topk_chunks=3, topk_groups=5)
-    q, k, v = tensors(15_100, hq=8, hkv=1, d=16, seed=7, dtype=torch.float32)
-    cuts = [*range(2000, 14_001, 2000)]
-    with store(config, k, tier="host") as free:
-        want = feed(free, q, k, v, cuts)
-        held = free.stats()["resident_bytes"]["host"]
-    room = 100_000
-    assert room < in_place.mask_bytes(config, 8, 1024, 5, 15_100) < in_place.MASK_BYTES
-    with store(config, k, tier="host", host_bytes=held + room) as target:
-        assert torch.equal(feed(target, q, k, v, cuts), want)
-
-
-def test_a_long_mask_does_not_fit_and_is_brought_together() -> None:
-    """More groups a chunk than a mask has bits."""
+def test_chunks_of_any_number_of_groups_are_attended_in_place(monkeypatch) -> None:
+    called, plain = [], in_place.attend_pages
+    monkeypatch.setattr(in_place, "attend_pages", lambda *a, **k: called.append(1) or plain(*a, **k))
     config = HGAConfig(chunk_size=130, group_size=1, keep_first=0, keep_last=1, topk_chunks=1, topk_groups=9)
     q, k, v = tensors(600, dtype=torch.float32)
     got = feed(store(config, k), q, k, v, [590, 595])
     close(got, full(q, k, v, config).out, 1e-5)
+    assert len(called) == 3
 
 
 @pytest.mark.parametrize(

@@ -350,36 +350,15 @@ class Engine:
     def _attend_in_place(
         self, state: LayerState, q: Tensor, recent: dict[str, Tensor], place: Tensor, routes: Tensor
     ) -> Tensor:
-        b, t, hq, width = routes.shape
-        layout, like = self.layout, in_place.like_pages(recent, self.layout)
-        if t <= in_place.FEW and like:
-            found = in_place.lists(state, self.config, layout.pages, recent, place, routes)
-            state.last_pages = found.number if b == 1 else found.number.unique()
-            return self._attend_lists(found, q, place)
-        copied = 0 if like else sum(recent[n].nbytes for n in "kv")
-        r, last, size = hq // layout.kv_heads, int(place.max()), in_place.QUERIES
-        while size > 1 and in_place.mask_bytes(self.config, r, min(size, t), width, last) > in_place.MASK_BYTES:
-            size //= 2
-        one = in_place.mask_bytes(self.config, r, min(size, t), width, last)
-        together = b * layout.kv_heads if t <= in_place.FEW else in_place.MASK_BYTES // max(1, one)
-        units = in_place.units(b, layout.kv_heads, together)
-        pages = []
-        with self.meter.scratch("device", copied, f"a call of {t} tokens"):
+        copied = 0 if in_place.like_pages(recent, self.layout) else sum(recent[n].nbytes for n in "kv")
+        with self.meter.scratch("device", copied, f"a call of {q.shape[1]} tokens"):
             near = {n: in_place.by_heads(recent[n]) for n in "kv"} if copied else recent
-            out = torch.empty(q.shape, dtype=q.dtype)
-            for start in range(0, t, size):
-                now = slice(start, min(start + size, t))
-                for rows, heads in units:
-                    of = slice(heads.start * r, heads.stop * r)
-                    at, route = place[rows, now].contiguous(), routes[rows, now, of].contiguous()
-                    found = in_place.lists(state, self.config, layout.pages, near, at, route, (rows, heads))
-                    out[rows, now, of] = self._attend_lists(found, q[rows, now, of], at)
-                    pages.append(found.number)
-        # of a call so long that it was cut, nothing is read ahead
-        state.last_pages = torch.cat(pages).unique()
+            found = in_place.lists(state, self.config, self.layout.pages, near, place, routes)
+            out = self._attend_lists(found, q, place, routes)
+        state.last_pages = found.number if state.batch == 1 else found.number.unique()
         return out
 
-    def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor) -> Tensor:
+    def _attend_lists(self, found: in_place.Lists, q: Tensor, place: Tensor, routes: Tensor) -> Tensor:
         """All lists at once where the tier has their pages at hand together, else one after the other, in parts."""
         most = max(1, in_place.LIST_BYTES // self.layout.page_bytes)
         ends = found.offsets.tolist()
@@ -390,22 +369,23 @@ class Engine:
             if addresses is not None:
                 self.fetched()
                 there = addresses if where is None else addresses[where]
-                return in_place.attend(found, there, self.config, self.layout, q, place)[0]
+                return in_place.attend(found, there, self.config, self.layout, q, place, routes)[0]
         heads = len(ends[1:]) // len(place)
         group = q.shape[2] // heads
         out = torch.empty(q.shape, dtype=q.dtype)
         for i, (begin, end) in enumerate(pairwise(ends)):
             row, head = divmod(i, heads)
-            own, joined = slice(head * group, (head + 1) * group), None
+            here, own, joined = slice(row, row + 1), slice(head * group, (head + 1) * group), None
             for start in range(begin, end, most) or (begin,):
-                part = in_place.only(found, start, min(start + most, end))
+                part = in_place.only(found, start, min(start + most, end), row * heads, heads)
+                wide = end - begin > most
                 with self._located(part.number) as addresses:
                     piece = in_place.attend(
-                        part, addresses, self.config, self.layout, q, place, wide=end - begin > most
+                        part, addresses, self.config, self.layout, q[here], place[here], routes[here], wide=wide
                     )
                 joined = piece if joined is None else in_place.merge(joined, piece)
             assert joined is not None
-            out[row, :, own] = joined[0][row, :, own]
+            out[row, :, own] = joined[0][0, :, own]
         return out
 
     @contextlib.contextmanager
