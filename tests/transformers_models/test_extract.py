@@ -107,7 +107,12 @@ def test_extract_from_plain_weights(tmp_path):
     (tmp_path / "run" / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}', encoding="utf-8")
     extract(tmp_path / "run", tmp_path / "out")
     check_extracted(tmp_path / "out", state)
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    kept = tmp_path / "out" / "adapter_config.json"
+    assert kept.is_file()
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    said: list[str] = []
+    extract(tmp_path / "run", tmp_path / "out", progress=said.append)
+    assert f"kept, since the run has none: {kept}" in said and kept.is_file()
     extract(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16)
     assert {x.dtype for x in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
     counts = extract(tmp_path / "run", tmp_path / "more", also=["lm_head.weight"])
