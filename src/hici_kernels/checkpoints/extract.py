@@ -27,8 +27,8 @@ def extract(
     "lora" go to the adapter, without the adapter's name; embeddings, norms and slot modules to the other file, under
     the base model's names, scalars as scalars (DeepSpeed runs hold them as [1]), and everything that the run itself
     has in a ``trainable_params`` file. Other weights are taken to be those of the base model and left out, which
-    ``progress`` is told. An ``adapter_config.json`` or ``hici_config.json`` of the run is copied; one that ``out`` holds
-    where the run has none is kept, which ``progress`` is told too.
+    ``progress`` is told. An ``adapter_config.json`` or ``hici_config.json`` of the run is copied; without one that of
+    ``out`` is kept, which ``progress`` is told too.
 
     Args:
         dtype: of the written LoRA matrices; default as stored (float32 from ZeRO). Others are written as stored.

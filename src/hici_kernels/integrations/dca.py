@@ -16,8 +16,8 @@ from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import check_config
 from ..ops.merge_attention.api import merge_attention
 from ..rope import Rope
-from .host import Host, Note, check_growing, check_servable, is_sliding, rope_of
-from .masks import register
+from .host import Host, Note, check_attention, check_growing, check_servable, is_sliding, rope_of
+from .masks import masked, register
 
 NAME = "dca"
 
@@ -62,6 +62,7 @@ class DCAHook:
         self.config, self.routing, self.rope, self.impl = config, routing, rope, impl
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_attention(module, NAME)
         check_growing(module, kwargs.get("past_key_values"), "dual chunk attention")
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -123,7 +124,6 @@ def apply_dca(
         if not torch.equal(rope_of(host, attention_module).inv_freq, rope.inv_freq):
             raise ValueError("dual chunk attention needs all layers to rotate alike")
     host.own_config(model)
-    register(NAME, dca_forward)
     note = Note("apply_dca", host.set_attention(NAME))
     for attention_module in host.attentions:
         hook = DCAHook(config, routing, rope, impl)
@@ -149,6 +149,7 @@ def dca_forward(
         raise ValueError("attention implementation 'dca' needs apply_dca(model, config)")
     if dropout:
         raise ValueError(f"dual chunk attention does not support attention dropout, got {dropout}")
+    attention_mask = masked(attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("dual chunk attention supports causal attention with an attention_mask [batch, tokens] only")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -268,3 +269,6 @@ def _blocks(regimes: list[Tensor], plain: Tensor, half: int) -> Tensor:
     low = torch.stack([x[..., :half] for x in regimes], -1).flatten(-2)
     high = torch.stack([x[..., half : 2 * half] for x in regimes], -1).flatten(-2)
     return torch.cat((low, high, plain[..., 2 * half :]), -1)
+
+
+register(NAME, dca_forward)

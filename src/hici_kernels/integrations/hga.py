@@ -20,8 +20,9 @@ from ..kv.store import KVStore
 from ..ops.hga_attention.api import hga_attention
 from ..ops.hga_route.api import check_config
 from .hga_cache import HGALayer, HGASettings, layer_of
-from .host import Host, Note, check_servable, head_counts, is_sliding, rope_of
-from .masks import fused_attention, new_tokens, register
+from .host import Host, Note, check_attention, check_servable, head_counts, is_sliding, rope_of
+from .masks import fused_attention, only_tokens, register
+from .packed import one_document
 
 NAME = "hga"
 
@@ -30,6 +31,7 @@ class HGACall(NamedTuple):
     """What an attention module's hook hands to the attention function."""
 
     settings: HGASettings
+    leads: bool  # of the first layer served
     layer: HGALayer | None
 
 
@@ -40,9 +42,13 @@ class HGAHook:
         self.settings, self.index = settings, index
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_attention(module, NAME)
         cache = kwargs.get("past_key_values")
-        layer = None if cache is None else layer_of(cache, int(module.layer_idx), self.index, self.settings)  # type: ignore[arg-type]
-        return args, {**kwargs, "hga": HGACall(self.settings, layer)}
+        layer = None
+        if cache is not None:
+            layer = layer_of(cache, int(module.layer_idx), self.index, self.settings)  # type: ignore[arg-type]
+            layer.call()
+        return args, {**kwargs, "hga": HGACall(self.settings, self.index == 0, layer)}
 
 
 def apply_hga(
@@ -102,7 +108,6 @@ def apply_hga(
         _check_bank(config, kv_heads, head_dim, **store_options)
     settings = HGASettings(config, rope, len(served), kv_heads, head_dim, store, dict(store_options), impl)
     host.own_config(model)
-    register(NAME, hga_forward)
     note = Note("apply_hga", host.set_attention(NAME), config_fields=("hga",))
     for index, attention in enumerate(served):
         note.handles.append(attention.register_forward_pre_hook(HGAHook(settings, index), with_kwargs=True))
@@ -170,14 +175,14 @@ def hga_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     hga: HGACall | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: query [B, Hq, T, D], key and value [B, Hkv, T, D], rotated; out [B, T, Hq, D]."""
     if hga is None:
         if is_sliding(module):
-            return fused_attention(
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
+            rest = {"position_ids": position_ids, **kwargs}
+            return fused_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
         raise ValueError("attention implementation 'hga' needs apply_hga(model, config)")
     if dropout:
         raise ValueError(f"HGA does not support attention dropout, got {dropout}")
@@ -185,15 +190,17 @@ def hga_forward(
         raise ValueError("HGA does not support packed documents, got cu_seq_lens_q")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     usual = q.shape[-1] ** -0.5
-    settings, layer = hga
+    settings, leads, layer = hga
+    if leads and attention_mask is None and (layer is not None or torch.compiler.is_compiling()):
+        q = one_document(q, position_ids, "HGA")
     if layer is not None:
         layer.check_filled()
-        if not (module.training and torch.is_grad_enabled() and layer.length == 0):
+        if not (module.training and torch.is_grad_enabled() and layer.count == 0):
             # a store scales by D ** -0.5; a positive factor on q never changes a route
             q = q if scaling is None or scaling == usual else q * (scaling / usual)
             return layer.attend(q, k, v, attention_mask), None
         layer.skip()
-    mask = new_tokens(attention_mask, q.shape[1], "HGA")
+    mask = only_tokens(attention_mask, q.shape[1], "HGA")
     out = hga_attention(
         q,
         k,
@@ -206,3 +213,6 @@ def hga_forward(
     )
     assert isinstance(out, Tensor)
     return out, None
+
+
+register(NAME, hga_forward)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .. import _checks
 from ..config import HGAConfig
 from ..kv.store import KVStore
 from ..rope import Rope
-from .masks import Columns, new_tokens, removed_columns
+from .layers import AppendedLayer
+from .masks import Columns, new_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class HGAHistory:
         self.settings = settings
         self.store: KVStore | None = None
         self.columns = Columns()
+        self.used = 0  # layers that have been called: a model may stop early
         self._mask: Tensor | None = None
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,18 +72,30 @@ class HGAHistory:
                 **settings.options,
             )
         if index == 0:  # the mask is that of all layers: read it once
+            self._check_columns()
             tail = new_tokens(mask, q.shape[1], "HGA")
             self._mask = None if tail is None or bool(tail.all()) else tail
         impl = {} if settings.impl is None else {"impl": settings.impl}
         out = self.store.attend(index, q, k, v, attention_mask=self._mask, **impl)
         if index == 0:
             self.columns.append(q.shape[0], q.shape[1], self._mask)
+        self.used = max(self.used, index + 1)
         return out
+
+    def _check_columns(self) -> None:
+        assert self.store is not None
+        known, held = self.columns.tokens(self.store.batch), self.store.layer_lengths(0).tolist()
+        if held != known:
+            raise ValueError(
+                f"past_key_values was given {known} tokens a row, its store holds {held}: shorten a cache with "
+                "crop(-n), not by its store"
+            )
 
     def __deepcopy__(self, memo: Any) -> HGAHistory:
         """A history of its own with the same content, in the same tier, by way of a file."""
         made = HGAHistory(self.settings)
         memo[id(self)] = made
+        made.used = self.used
         made.columns, made._mask = copy.deepcopy(self.columns, memo), copy.deepcopy(self._mask, memo)
         if self.store is not None:
             options = dict(self.settings.options)
@@ -97,12 +111,20 @@ class HGAHistory:
     def reset(self) -> None:
         if self.store is not None:
             self.store.close()
-        self.store, self.columns, self._mask = None, Columns(), None
+        self.store, self.columns, self._mask, self.used = None, Columns(), None, 0
 
     def crop(self, removed: int) -> None:
         if self.store is not None and removed:
-            for row, length in enumerate(self.columns.crop(removed, self.store.batch)):
-                self.store.rewind(length, row)
+            lengths = self.columns.tokens(self.store.batch, removed)
+            used = range(self.used)
+            held = torch.stack([self.store.layer_lengths(i) for i in used]).amin(0).tolist()
+            if any(x > y for x, y in zip(lengths, held, strict=True)):
+                raise ValueError(
+                    f"a call that did not end left {held} tokens a row: crop() to no more, not to {lengths}"
+                )
+            for row, length in enumerate(lengths):
+                self.store.rewind(length, row, layers=used)
+            self.columns.crop(removed)
 
     def reorder(self, rows: Tensor) -> None:
         if self.store is not None:
@@ -110,65 +132,44 @@ class HGAHistory:
             self.columns.reorder(rows)
 
 
-class HGALayer(CacheLayerMixin):
+class HGALayer(AppendedLayer):
     """One layer's view of an :class:`HGAHistory`. The first layer passes on what concerns all of them."""
 
-    is_compileable = False
+    method = "HGA"
     is_croppable = True
-    is_sliding = False
-    supports_early_init = False
 
-    def __init__(self, history: HGAHistory, index: int) -> None:
-        super().__init__()
+    def __init__(self, history: HGAHistory, index: int, leader: AppendedLayer | None) -> None:
+        super().__init__(leader)
         self.history, self.index = history, index
         self.length = 0
-        self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values alone: the attention function appends them to the store."""
-        return key_states, value_states
+    @property
+    def count(self) -> int:
+        return self.length
 
     @torch.compiler.disable
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Append and attend; shapes as of :meth:`KVStore.attend`."""
+        self.begin(q.shape[1], mask)
         out = self.history.attend(self.index, q, k, v, mask)
         self.length += q.shape[1]
         return out
 
-    def skip(self) -> None:
-        """A training step went past this cache: it holds nothing and must not be used."""
-        self.length = -1
-
-    def check_filled(self) -> None:
-        if self.length < 0:
-            raise ValueError(
-                "this cache comes from a training step, which fills none; call the model in eval mode or under "
-                "torch.no_grad() to make one that can be continued"
-            )
-
-    def get_seq_length(self) -> int:
-        return max(self.length, 0)
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.skipped = 0, False
         if self.index == 0:
             self.history.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last columns (given as a negative number, as transformers does)."""
-        removed = removed_columns(tokens_to_remove, self.length)
-        self.length = max(0, self.length - removed)
+        """Take back the last columns (given as a negative number, as transformers does).
+
+        Raises:
+            ValueError: into what only some layers hold after a call that did not end. Nothing has changed then.
+        """
+        removed = self.removed(tokens_to_remove)
         if self.index == 0:
             self.history.crop(removed)
+        self.length -= removed
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.index == 0:
@@ -200,8 +201,10 @@ class HGACache(DynamicCache):
         super().__init__(config=next(iter(hooks)).config)
         self.history = HGAHistory(next(iter(hooks.values())).settings)
         attention: Any
+        leader = None
         for attention, hook in hooks.items():
-            self.layers[attention.layer_idx] = HGALayer(self.history, hook.index)
+            self.layers[attention.layer_idx] = made = HGALayer(self.history, hook.index, leader)
+            leader = leader or made
 
     @property
     def store(self) -> KVStore | None:
@@ -241,6 +244,6 @@ def layer_of(cache: Cache, layer_idx: int, index: int, settings: HGASettings) ->
         )
     if layer.get_seq_length():
         raise ValueError("past_key_values holds tokens that were not given to HGA; expected an empty cache")
-    history = next((x.history for x in layers if isinstance(x, HGALayer)), None) or HGAHistory(settings)
-    layers[layer_idx] = HGALayer(history, index)
+    leader = next((x for x in layers if isinstance(x, HGALayer)), None)
+    layers[layer_idx] = HGALayer(HGAHistory(settings) if leader is None else leader.history, index, leader)
     return layers[layer_idx]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,8 +18,18 @@ from ..nn.slot_attention import SlotAttention, slot_modules
 from .families import hici_config_class
 from .families.base import HiCIModel
 from .hici_cache import HiCILayer, layer_of
-from .host import Host, Note, check_servable, head_counts, is_sliding
-from .masks import new_tokens, register
+from .host import (
+    Host,
+    Note,
+    check_attention,
+    check_servable,
+    head_counts,
+    is_sliding,
+    offloaded_to,
+    weights_of,
+)
+from .masks import only_tokens, register
+from .packed import one_document
 
 NAME = "hici"
 CHILDREN = ("local_constructor", "global_integrator")
@@ -42,6 +53,7 @@ class HiCICall(NamedTuple):
     """What an attention module's hook hands to the attention function."""
 
     slots: HostedSlots
+    leads: bool  # of the first layer
     hidden: Tensor
     layer: HiCILayer | None
 
@@ -49,22 +61,28 @@ class HiCICall(NamedTuple):
 class HiCIHook:
     """Before an attention module runs: keep its hidden states, find (or make) its layer of the cache."""
 
-    def __init__(self, config: HiCIConfig, impl: str | None) -> None:
-        self.config, self.impl = config, impl
+    def __init__(self, config: HiCIConfig, impl: str | None, index: int) -> None:
+        self.config, self.impl, self.index = config, impl, index
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_attention(module, NAME)
         cache = kwargs.get("past_key_values")
-        layer = None if cache is None else layer_of(cache, int(module.layer_idx), self.config)  # type: ignore[arg-type]
+        layer = None
+        if cache is not None:
+            layer = layer_of(cache, int(module.layer_idx), self.config)  # type: ignore[arg-type]
+            layer.call()
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return args, {**kwargs, "hici": HiCICall(HostedSlots(module, self.config, self.impl), hidden, layer)}
+        slots = HostedSlots(module, self.config, self.impl)
+        return args, {**kwargs, "hici": HiCICall(slots, self.index == 0, hidden, layer)}
 
 
 def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None) -> nn.Module:
     """Give every attention layer of a model HiCI's segments and slots (arXiv 2603.20843), in place.
 
     Every attention module gets the children ``local_constructor`` and ``global_integrator`` (state-dict keys as
-    published), new and trainable, in the dtype and on the device of its projections; global_queries start from the
-    largest embedding rows, as published. Nothing else is added or changed. Slots pass through the layer's own k_proj
+    published), new and trainable, in the dtype of its projections and on the device where these run (slots of a layer
+    that accelerate offloads stay there); global_queries start from the largest embedding rows, as published. Nothing
+    else is added or changed. Slots pass through the layer's own k_proj
     and v_proj, adapters included, without RoPE and without k_norm. :func:`load_hici` fills the slots from a checkpoint.
 
     Which tokens see what, and what a cache holds, by config.decode:
@@ -108,18 +126,19 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
     check_hici(host)
     made = []
     attention: Any
-    embedding: Any = host.model.get_input_embeddings().weight
-    for attention in host.attentions:
-        weight = attention.k_proj.weight
-        # quantised projections hold integers
-        dtype = weight.dtype if weight.is_floating_point() else host.model.dtype
-        with torch.device(weight.device):
-            constructor, integrator = slot_modules(int(attention.config.hidden_size), config, impl)
-        made.append((constructor.to(dtype), integrator.to(dtype)))
-        if embedding.device.type != "meta" and embedding.shape[0] >= config.global_slots:
-            integrator.init_queries(embedding.to(integrator.global_queries.device))
+    embedding: Any = host.model.get_input_embeddings()
+    with weights_of(embedding):
+        for attention in host.attentions:
+            weight = attention.k_proj.weight
+            # quantised projections hold integers
+            dtype = weight.dtype if weight.is_floating_point() else host.model.dtype
+            with torch.device(offloaded_to(attention.k_proj) or weight.device):
+                constructor, integrator = slot_modules(int(attention.config.hidden_size), config, impl)
+            made.append((constructor.to(dtype), integrator.to(dtype)))
+            rows = embedding.weight
+            if rows.device.type != "meta" and rows.shape[0] >= config.global_slots:
+                integrator.init_queries(rows.to(integrator.global_queries.device))
     host.own_config(model)
-    register(NAME, hici_forward)
     before = host.model.config.__class__
     changed = hici_config_class(before)
     note = Note("apply_hici", host.set_attention(NAME), children=CHILDREN, config_fields=("hici",), config_class=before)
@@ -129,9 +148,9 @@ def apply_hici(model: nn.Module, config: HiCIConfig, *, impl: str | None = None)
             note.config_class = before.__mro__[1]
             kinds = type(host.model).__mro__
             note.model_class = next(kind for kind in kinds if not issubclass(kind, HiCIModel))
-    for attention, (constructor, integrator) in zip(host.attentions, made, strict=True):
+    for index, (attention, (constructor, integrator)) in enumerate(zip(host.attentions, made, strict=True)):
         attention.local_constructor, attention.global_integrator = constructor, integrator
-        note.handles.append(attention.register_forward_pre_hook(HiCIHook(config, impl), with_kwargs=True))
+        note.handles.append(attention.register_forward_pre_hook(HiCIHook(config, impl, index), with_kwargs=True))
     host.model.config.hici = config.to_dict()
     host.notes.append(note)
     return model
@@ -188,26 +207,28 @@ def hici_forward(
     usual = q.shape[-1] ** -0.5
     if scaling is not None and scaling != usual:
         q = q * (scaling / usual)
-    slots, hidden, layer = hici
+    slots, leads, hidden, layer = hici
     if hici_segment_len is not None:
         _checks.integer("hici_segment_len", hici_segment_len, 1)
         if layer is not None and not layer.skippable(module.training):
             raise ValueError("hici_segment_len is for training: a cache was made for the segment_len of the model")
         slots.config = replace(slots.config, segment_len=hici_segment_len)
+    plain = attention_mask is None and cu_seq_lens_q is None
+    if leads and plain and (layer is not None or torch.compiler.is_compiling()):
+        q = one_document(q, position_ids, "HiCI")
     if layer is not None:
         layer.check_filled()
         if not layer.skippable(module.training):
             if cu_seq_lens_q is not None:
                 raise ValueError("cu_seq_lens_q cannot be combined with a cache: pass use_cache=False")
-            mask = new_tokens(attention_mask, q.shape[1], "HiCI")
-            return layer.attend(slots, hidden, q, k, v, mask).unflatten(-1, q.shape[2:]), None
-        layer.skipped = True
+            return layer.attend(slots, hidden, q, k, v, attention_mask).unflatten(-1, q.shape[2:]), None
+        layer.skip()
     if attention_mask is not None and attention_mask.ndim == 4:
         # made by transformers because positions restart; any other mask of this kind is refused below
         restarts = _restarts(position_ids, hidden)
-        if restarts is not None:
+        if restarts is not None and (not leads or _is_packed(attention_mask, restarts)):
             attention_mask, cu_seq_lens_q = None, restarts if cu_seq_lens_q is None else cu_seq_lens_q
-    mask, total = new_tokens(attention_mask, q.shape[1], "HiCI"), None
+    mask, total = only_tokens(attention_mask, q.shape[1], "HiCI"), None
     if cu_seq_lens_q is not None:
         total = slots.check_packed(hidden, cu_seq_lens_q, mask, None, kwargs.get("total_segments"))
         cu_seq_lens_q = cu_seq_lens_q.to(device=hidden.device, dtype=torch.int32)
@@ -225,3 +246,18 @@ def _restarts(position_ids: Tensor | None, hidden: Tensor) -> Tensor | None:
         return None
     ends = torch.tensor([0, len(at)])
     return torch.cat((ends[:1], starts, ends[1:])).to(torch.int32)
+
+
+def _is_packed(mask: Tensor, cu_seqlens: Tensor) -> bool:
+    """Whether a bool mask [1, 1, S, S] is that of documents [docs+1], each causal, and not one of the caller's own."""
+    if mask.dtype != torch.bool or mask.shape[:2] != (1, 1):
+        return False
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        rows = mask[0, 0, start:stop]
+        own = rows[:, start:stop]
+        if bool(rows[:, :start].any() | rows[:, stop:].any()) or not torch.equal(own, torch.ones_like(own).tril()):
+            return False
+    return True
+
+
+register(NAME, hici_forward)

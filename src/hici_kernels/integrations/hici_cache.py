@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ..config import HiCIConfig
 from ..nn.hici_cache import HiCICache
 from ..nn.slot_attention import SlotAttention
-from .masks import Columns, removed_columns
+from .layers import AppendedLayer
+from .masks import Columns, new_tokens
 
 
-class HiCILayer(CacheLayerMixin):
+class HiCILayer(AppendedLayer):
     """Wraps the :class:`HiCICache` of one layer. What it holds follows from config.decode, see :func:`apply_hici`."""
 
-    is_compileable = False
+    method = "HiCI"
     # crop() works as far as the cache can go back, but not into the first call, whose tokens the slots have read
     is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
-    def __init__(self, config: HiCIConfig) -> None:
-        super().__init__()
+    def __init__(self, config: HiCIConfig, leader: AppendedLayer | None) -> None:
+        super().__init__(leader)
         self.config = config
         self.cache: HiCICache | None = None
         self.columns = Columns()
         self.first = 0  # columns of the first call
-        self.skipped = False
-        self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values alone: the attention function appends them."""
-        return key_states, value_states
+    @property
+    def count(self) -> int:
+        return self.columns.count
 
     @torch.compiler.disable
     def attend(
         self, slots: SlotAttention, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Append tokens and attend, as of :meth:`SlotAttention.attend`; mask bool [B, T]."""
+        """Append tokens and attend, as of :meth:`SlotAttention.attend`; mask of the model."""
+        self.begin(q.shape[1], mask)
+        mask = new_tokens(mask, q.shape[1], "HiCI")
         if self.cache is None:
             self.cache = slots.new_cache(q.shape[0])
         self.cache.check(q.shape[0], slots)
@@ -54,23 +48,7 @@ class HiCILayer(CacheLayerMixin):
 
     def skippable(self, training: bool) -> bool:
         """Whether this call is a training step, which needs no cache."""
-        return training and torch.is_grad_enabled() and self.get_seq_length() == 0
-
-    def check_filled(self) -> None:
-        if self.skipped:
-            raise ValueError(
-                "this cache comes from a training step, which fills none; call the model in eval mode or under "
-                "torch.no_grad() to make one that can be continued"
-            )
-
-    def get_seq_length(self) -> int:
-        return self.columns.count
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns.count + query_length, 0
+        return training and torch.is_grad_enabled() and self.count == 0
 
     def reset(self) -> None:
         self.cache, self.columns, self.first, self.skipped = None, Columns(), 0, False
@@ -82,7 +60,7 @@ class HiCILayer(CacheLayerMixin):
             ValueError: decode="segment" beyond the start of the open segment, "full" and "slots" into the first call,
                 which is another computation than decoding. Nothing has changed then.
         """
-        removed = removed_columns(tokens_to_remove, self.columns.count)
+        removed = self.removed(tokens_to_remove)
         if self.config.decode != "segment" and removed and self.columns.count - removed < self.first:
             raise ValueError(
                 f"the first call on this cache gave {self.first} columns, which cannot be taken back in part with "
@@ -90,8 +68,9 @@ class HiCILayer(CacheLayerMixin):
                 "this, and is not supported"
             )
         if self.cache is not None and removed:
-            for row, length in enumerate(self.columns.crop(removed, self.cache.batch)):
+            for row, length in enumerate(self.columns.tokens(self.cache.batch, removed)):
                 self.cache.rewind(length, row)
+            self.columns.crop(removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.cache is not None:
@@ -125,5 +104,5 @@ def layer_of(cache: Cache, layer_idx: int, config: HiCIConfig) -> HiCILayer:
         )
     if layer.get_seq_length():
         raise ValueError("past_key_values holds tokens that were not given to HiCI; expected an empty cache")
-    layers[layer_idx] = HiCILayer(config)
+    layers[layer_idx] = HiCILayer(config, next((x for x in layers if isinstance(x, HiCILayer)), None))
     return layers[layer_idx]

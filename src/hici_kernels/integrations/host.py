@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +48,11 @@ class Host:
             )
         found = [layer.self_attn for layer in decoders[0].layers if hasattr(layer, "self_attn")]
         attentions = [m for m in found if hasattr(m, "layer_idx") and hasattr(m, "head_dim")]
+        odd = next((m for m in attentions if not hasattr(m, "config")), None)
+        if odd is not None:
+            raise ValueError(
+                f"{type(outer).__name__} has layers with {type(odd).__name__}, which has no config to read"
+            )
         if not attentions:
             raise ValueError(f"{type(outer).__name__} has no attention layers of the kind this library can serve")
         return cls(outer, decoders[0], attentions)
@@ -134,12 +141,33 @@ def has_rotary(module: nn.Module) -> bool:
     return isinstance(getattr(module, "rotary_emb", None), nn.Module)
 
 
+def offloaded_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere, None for any other module."""
+    for part in module.modules():
+        found = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if found is not None and any(p.device.type == "meta" for p in part.parameters(recurse=False)):
+            return torch.device(found)
+    return None
+
+
+@contextlib.contextmanager
+def weights_of(module: nn.Module) -> Iterator[None]:
+    """The weights of a module are at hand within, where accelerate keeps them elsewhere too."""
+    if offloaded_to(module) is None:
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
 def head_counts(attention: nn.Module) -> tuple[int, int, int]:
     """Query heads, kv heads and head dim of an attention module."""
     config: Any = attention.config
     heads, dim = int(config.num_attention_heads), int(attention.head_dim)  # type: ignore[arg-type]
     groups = getattr(attention, "num_key_value_groups", None)
-    kv = heads // int(groups) if isinstance(groups, int) else int(config.num_key_value_heads)
+    kv = heads // int(groups) if isinstance(groups, int) else int(getattr(config, "num_key_value_heads", None) or heads)
     return heads, kv, dim
 
 
@@ -151,6 +179,16 @@ def is_sliding(attention: nn.Module) -> bool:
         # Mistral keeps the window in its config only and uses it in every layer
         window = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
     return window is not None
+
+
+def check_attention(module: nn.Module, name: str) -> None:
+    """Refuse to run where the model was given another attention function than the method's, which has hooks in it."""
+    config: Any = module.config
+    found = config._attn_implementation
+    if found != name:
+        raise ValueError(
+            f"attention implementation must stay {name!r}, got {found!r}: call restore(model) to take it back"
+        )
 
 
 def check_growing(module: nn.Module, cache: Any, method: str) -> None:
@@ -167,6 +205,16 @@ def check_servable(attention: nn.Module, method: str) -> None:
     for attribute, what in (("sinks", "attention sinks"), ("attn_logit_softcapping", "a soft cap on its scores")):
         if getattr(attention, attribute, None) is not None:
             raise ValueError(f"{method} does not support {what}, which {name} has")
+    config: Any = attention.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[attention.layer_idx] == "chunked_attention":
+        raise ValueError(f"{method} needs attention over the whole text, {name} attends within chunks")
+    if getattr(attention, "v_head_dim", attention.head_dim) != attention.head_dim:
+        raise ValueError(
+            f"{method} needs keys and values of one head dim, {name} has {attention.v_head_dim} for values"
+        )
+    if hasattr(attention, "prepare_dynamic_mask"):
+        raise ValueError(f"{method} does not support masks that depend on the keys, which {name} makes")
     if getattr(attention, "is_kv_shared_layer", False):
         raise ValueError(f"{method} does not support layers that share keys and values, as {name} does")
     if getattr(attention, "is_causal", True) is False:

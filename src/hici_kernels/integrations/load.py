@@ -152,7 +152,18 @@ def _check_fits(
         stated = "another kind of RoPE scaling" if current is None else f"RoPE factor {current}"
         raise ValueError(f"the model has {stated}, the checkpoint needs rope_factor {factor}")
     path = {id(module): name for name, module in host.model.named_modules()}
-    shapes = {name: p.shape for name, p in host.model.named_parameters()}
+    empty = torch.empty(0)
+    weights = dict(host.model.named_parameters())
+    away = [name for name in found.base if name in weights and weights[name].device.type == "meta"]
+    away += [
+        f"{x}.weight" for x in found.lora if merge_lora and weights.get(f"{x}.weight", empty).device.type == "meta"
+    ]
+    if away:
+        raise ValueError(
+            f"{away[0]} of the model is offloaded, so {found.source} cannot be loaded into it: load it before the "
+            "model is dispatched, or save the model with its slots and load that"
+        )
+    shapes = {name: p.shape for name, p in weights.items()}
     tied = {name: shapes[own] for name, own in shared_names(host.model).items()}
     if head is not None:
         shapes[head] = tied.pop(head)

@@ -1,4 +1,7 @@
-"""Masks as these integrations want them: [B, columns] of tokens, never [B, 1, queries, keys]."""
+"""Masks as these integrations want them: [B, columns] of tokens, never [B, 1, queries, keys].
+
+A mask always tells how many columns the model counts, cached ones included; None where those are the call's own.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,37 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 def token_mask(
     *,
+    batch_size: int,
+    q_length: int,
     kv_length: int,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """bool [B, kv_length] or None for plain causal attention; the usual 4-D mask where the model asks for more.
+    """[B, kv_length] for plain causal attention; the usual 4-D mask where the model asks for more.
+
+    Where nothing is masked: None if the columns are those of the call, else an empty mask [B, kv_length, 0].
 
     Under a tracing compiler transformers cannot see whether positions restart and always hands over the function for
-    packed documents; they must then be given by cu_seq_lens_q.
+    packed documents; :func:`~.packed.one_document` then looks at the positions.
     """
     compiling = torch.compiler.is_compiling()
     if mask_function is not causal_mask_function and not (compiling and local_size is None):
         return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
             kv_length=kv_length,
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
             **kwargs,
         )
-    if attention_mask is None:
-        return None
-    attention_mask = attention_mask[:, -kv_length:]
-    return None if not compiling and bool(attention_mask.all()) else attention_mask
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:]
+        if compiling or not bool(attention_mask.all()):
+            return attention_mask
+    return None if kv_length == q_length else torch.empty(batch_size, kv_length, 0, dtype=torch.bool)
 
 
 def register(name: str, function: Any) -> None:
@@ -54,8 +64,14 @@ def fused_attention(
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
 
+def masked(mask: Tensor | None) -> Tensor | None:
+    """A mask, None where it says that nothing is masked."""
+    return None if mask is None or (mask.ndim == 3 and mask.shape[2] == 0) else mask
+
+
 def new_tokens(mask: Tensor | None, count: int, method: str) -> Tensor | None:
-    """The part of a mask [B, columns] that belongs to the last ``count`` columns."""
+    """The part of a mask [B, columns] that belongs to the last ``count`` columns; None where nothing is masked."""
+    mask = masked(mask)
     if mask is None:
         return None
     if mask.ndim != 2:
@@ -66,6 +82,20 @@ def new_tokens(mask: Tensor | None, count: int, method: str) -> Tensor | None:
     if mask.shape[1] < count:
         raise ValueError(f"attention_mask must cover the {count} tokens of this call, got {mask.shape[1]} columns")
     return mask[:, mask.shape[1] - count :]
+
+
+def only_tokens(mask: Tensor | None, count: int, method: str) -> Tensor | None:
+    """The same for a call without a cache, whose columns are the call's own.
+
+    Raises:
+        ValueError: the model counts more: it was called with a cache and has dropped it.
+    """
+    if mask is not None and mask.ndim != 4 and mask.shape[1] != count:
+        raise ValueError(
+            f"{method} got {count} tokens of {mask.shape[1]} without their cache: gradient checkpointing in training "
+            "mode drops past_key_values; switch it off, or call model.eval(), to continue a cache"
+        )
+    return new_tokens(mask, count, method)
 
 
 class Columns:
@@ -82,13 +112,16 @@ class Columns:
             self._seen = torch.cat((held, new), 1)
         self.count += count
 
-    def crop(self, removed: int, batch: int) -> list[int]:
-        """Take back the last columns; how many tokens remain in every row."""
+    def tokens(self, batch: int, removed: int = 0) -> list[int]:
+        """How many tokens every row holds, without the last ``removed`` columns."""
+        count = self.count - min(removed, self.count)
+        return [count] * batch if self._seen is None else self._seen[:, :count].sum(1).tolist()
+
+    def crop(self, removed: int) -> None:
+        """Take back the last columns."""
         self.count -= min(removed, self.count)
-        if self._seen is None:
-            return [self.count] * batch
-        self._seen = self._seen[:, : self.count]
-        return self._seen.sum(1).tolist()
+        if self._seen is not None:
+            self._seen = self._seen[:, : self.count]
 
     def reorder(self, rows: Tensor) -> None:
         if self._seen is not None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import _checks
 from .._dispatch import check_impl
 from ..ops.attention.api import attention
-from .host import Host, Note, check_growing, check_servable, is_sliding
-from .masks import new_tokens, register
+from .host import Host, Note, check_attention, check_growing, check_servable, is_sliding
+from .masks import masked, new_tokens, register
 
 NAME = "shifted"
 
@@ -28,6 +28,7 @@ class ShiftedHook:
         self.call = ShiftedCall(group_len, impl)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        check_attention(module, NAME)
         check_growing(module, kwargs.get("past_key_values"), "shifted short attention")
         return args, {**kwargs, "shifted": self.call}
 
@@ -58,7 +59,6 @@ def apply_shifted(model: nn.Module, group_len: int, *, impl: str | None = None) 
         if is_sliding(module):
             raise ValueError("shifted short attention needs full attention in every layer")
     host.own_config(model)
-    register(NAME, shifted_forward)
     note = Note("apply_shifted", host.set_attention(NAME))
     for module in host.attentions:
         note.handles.append(module.register_forward_pre_hook(ShiftedHook(group_len, impl), with_kwargs=True))
@@ -84,8 +84,8 @@ def shifted_forward(
     if dropout:
         raise ValueError(f"shifted short attention does not support attention dropout, got {dropout}")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if attention_mask is not None:
-        new_tokens(attention_mask, q.shape[1], "shifted short attention")
+    attention_mask = masked(attention_mask)
+    new_tokens(attention_mask, q.shape[1], "shifted short attention")
     if not module.training or q.shape[1] != k.shape[1]:
         out = attention(q, k, v, attention_mask=attention_mask, scale=scaling, impl=shifted.impl)
         return out, None
@@ -121,3 +121,6 @@ def shifted_short(
                 )
         halves.append(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0])
     return torch.cat(halves, 2)
+
+
+register(NAME, shifted_forward)

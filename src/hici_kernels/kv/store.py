@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ class KVStore:
         with self._lock:
             return torch.stack([layer.lengths for layer in self._layers]).amin(0)
 
+    def layer_lengths(self, layer: int) -> Tensor:
+        """int64 [B] on the CPU: tokens per row of one layer, masked ones not counted."""
+        _checks.integer("layer", layer, 0, self.layers - 1)
+        return self._layers[layer].lengths.clone()
+
     def next_columns(self, layer: int) -> Tensor:
         """int64 [B] on the CPU: the column that follows what each row of a layer has been given, padding counted."""
         self._check_open()
@@ -277,25 +282,32 @@ class KVStore:
                     self._cut(layer, b, 0)
 
     @keeps
-    def rewind(self, length: int, row: int | None = None) -> None:
+    def rewind(self, length: int, row: int | None = None, *, layers: Iterable[int] | None = None) -> None:
         """Keep the first ``length`` tokens of one row, or of every row, in all layers; as if no later one had come.
 
         Chunks that reopen lose their summaries. The next default position follows the last token kept. Nothing is read
         here: the next call brings the window back.
 
+        Args:
+            layers: those that are rewound, where a model has called only some; None = all.
+
         Raises:
-            TypeError, ValueError: length beyond what every layer holds, or inside a segment; nothing has changed then.
+            TypeError, ValueError: length beyond what each of the layers holds, or inside a segment; nothing has changed
+                then.
         """
         _checks.integer("length", length, 0)
+        chosen = range(self.layers) if layers is None else list(layers)
+        for i in chosen:
+            _checks.integer("layers", i, 0, self.layers - 1)
         with self._lock:
             rows = self._rows(row)
-            held = self.lengths
             for b in rows:
-                if length > int(held[b]):
-                    raise ValueError(f"length must be at most the {int(held[b])} tokens of row {b}, got {length}")
-            for layer in self._layers:
+                held = min((int(self._layers[i].lengths[b]) for i in chosen), default=length)
+                if length > held:
+                    raise ValueError(f"length must be at most the {held} tokens of row {b}, got {length}")
+            for i in chosen:
                 for b in rows:
-                    self._cut(layer, b, length)
+                    self._cut(self._layers[i], b, length)
 
     @keeps
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
