@@ -36,6 +36,7 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
         module.__spec__ = sys.modules[module.__name__].__spec__ if module.__spec__ is None else module.__spec__
         if module.__spec__ is not None and module.__spec__.loader is self:
             module.__spec__ = module.__spec__.loader_state
+        _name_what_is_loaded()  # a package has loaded modules of its own
 
     # ``python -m hici`` and runpy take the code of a module from its loader and run it once more, as __main__
 
@@ -62,6 +63,14 @@ def _real_name(name: str) -> str:
     return "hici_kernels" + name.removeprefix("hici")
 
 
+def _name_what_is_loaded() -> None:
+    """Give every module its alias: an import by it would bind it in its package again, over a function of its name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hici_kernels."):
+            sys.modules.setdefault("hici" + name.removeprefix("hici_kernels"), module)
+
+
 if not any(type(finder).__name__ == "_Alias" and type(finder).__module__ == "hici" for finder in sys.meta_path):
     sys.meta_path.insert(0, _Alias())
+_name_what_is_loaded()
 sys.modules[__name__] = hici_kernels

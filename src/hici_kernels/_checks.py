@@ -6,6 +6,7 @@ Every message names the argument, what it was and what was expected.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +43,12 @@ def number(name: str, value: Any) -> None:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not abs(value) < float("inf"):
-        raise ValueError(f"{name} must be finite, got {value}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} must be finite, got {str(value)[:40]}")
 
 
 def device(name: str, value: Any) -> torch.device:
@@ -62,6 +67,9 @@ def tensor(name: str, value: Any, layout: str) -> None:
     """A tensor whose number of dimensions is that of ``layout``, e.g. "B, S, H, D"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor [{layout}], got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor [{layout}], got a {kind} one")
     ndim = layout.count(",") + 1 if layout else 0
     if value.ndim != ndim:
         raise ValueError(f"{name} must be [{layout}] ({ndim} dimensions), got shape {tuple(value.shape)}")
@@ -127,6 +135,8 @@ def _usual(q: Any, k: Any, v: Any) -> bool:
     """Nothing is wrong, found out in a quarter of the time that looking for what is wrong takes."""
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor) or torch.compiler.is_compiling():
         return False
+    if not (q.layout is k.layout is v.layout is torch.strided) or q.is_nested or k.is_nested or v.is_nested:
+        return False
     qs, ks = q.shape, k.shape
     if not (len(qs) == len(ks) == 4 and ks == v.shape and q.dtype is k.dtype is v.dtype and q.dtype in FLOATS):
         return False
@@ -139,7 +149,14 @@ def _usual(q: Any, k: Any, v: Any) -> bool:
 
 def usual(x: Any, ndim: int) -> bool:
     """A tensor of so many dimensions, a supported dtype and a contiguous last dimension; the short way to find out."""
-    return type(x) is Tensor and x.ndim == ndim and x.dtype in FLOATS and x.stride(-1) == 1
+    return (
+        type(x) is Tensor
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.ndim == ndim
+        and x.dtype in FLOATS
+        and x.stride(-1) == 1
+    )
 
 
 def token_mask(name: str, value: Any, batch: int, length: int, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIB = torch.library.Library("hici", "DEF")
 _KERNELS: dict[Any, Callable[..., Any]] = {}
@@ -51,12 +52,17 @@ def call(operation: Any, *arguments: Any) -> Any:
 
     On the CPU the dispatcher takes a third of a small call's time. It is needed by whoever watches or changes calls:
     autograd, compilers, tracers, profilers, transforms, modes and tensor subclasses.
+
+    Raises:
+        NotImplementedError: under forward-mode differentiation and torch.func.grad, which torch would answer with zeros
+            and with an error about its own classes.
     """
     if torch.compiler.is_compiling():
         return operation(*arguments)
     graded = torch.is_grad_enabled()
     if _unwatched() and _ordinary(arguments, graded):
         return _KERNELS[operation](*arguments)
+    _check_transforms(operation, arguments)
     if graded:
         return operation(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -68,7 +74,8 @@ def _ordinary(arguments: Sequence[Any], graded: bool) -> bool:
     for x in arguments:
         kind = type(x)
         if kind is Tensor:
-            if not x.is_cpu or (graded and x.requires_grad):
+            # values that are still to be negated, or known to be zero, are not in memory
+            if not x.is_cpu or (graded and x.requires_grad) or x.is_neg() or x._is_zerotensor():
                 return False
         elif kind not in PLAIN and not (kind in (list, tuple) and _ordinary(x, graded)):
             return False
@@ -82,7 +89,26 @@ def _unwatched() -> bool:
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
     )
+
+
+def _check_transforms(operation: Any, arguments: Sequence[Any]) -> None:
+    for x in arguments:
+        if isinstance(x, (list, tuple)):
+            _check_transforms(operation, x)
+        while isinstance(x, Tensor):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+            # outside the transforms requires_grad is reverse mode's, which is served
+            tracked = x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x)
+            if tracked or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None):
+                raise NotImplementedError(
+                    f"{operation.name()} is differentiable by torch.autograd in reverse mode only: forward-mode "
+                    "differentiation, torch.func.jvp and torch.func.grad are not supported"
+                )
+            if not wrapped:
+                break
+            x = torch._C._functorch.get_unwrapped(x)
 
 
 def _autocast_off(arguments: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

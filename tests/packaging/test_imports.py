@@ -79,6 +79,40 @@ assert a is b
     python("import sys\nimport hici_kernels.nn\n" + code)
 
 
+def test_an_import_by_the_other_name_binds_nothing_anew() -> None:
+    """Packages have functions of the names of their modules: ops.attention, checkpoints.extract, train.run."""
+    code = """
+import importlib, pkgutil, sys
+import hici, hici_kernels
+names = [m.name for m in pkgutil.walk_packages(hici_kernels.__path__, "hici_kernels.")]
+loaded = []
+for name in names:
+    if name.endswith("__main__") or "libhici" in name:
+        continue
+    if real_first:
+        try:
+            importlib.import_module(name)
+        except ImportError:  # an optional package is missing
+            continue
+    loaded.append(name)
+before = {n: dict(vars(sys.modules[n])) for n in loaded} if real_first else {}
+for name in loaded:
+    try:
+        module = importlib.import_module("hici" + name.removeprefix("hici_kernels"))
+    except ImportError:
+        continue
+    assert module is importlib.import_module(name) and module.__spec__.name == name, name
+for name, held in before.items():
+    assert all(vars(sys.modules[name])[key] is value for key, value in held.items()), name
+from hici.ops.attention import attention
+from hici_kernels.checkpoints import extract
+assert attention is hici_kernels.ops.attention is hici_kernels.attention
+assert callable(hici_kernels.ops.attention) and callable(extract)
+"""
+    for real_first in (True, False):
+        python(f"real_first = {real_first}\n" + code)
+
+
 def test_either_name_runs_as_a_command() -> None:
     for module in ("hici", "hici_kernels", "hici.cli.main"):
         done = subprocess.run(

@@ -143,11 +143,16 @@ inline Wide exp_wide(Wide x) {
 #endif
 }
 
-// Scores become their exponentials over the largest; returns it, and the sum in total. x may be written up to a multiple
-// of kWideLanes.
+// Scores become their exponentials over the largest; returns it, and the sum in total. Where even the largest is -inf in
+// float32, they become 0, as those of a row that sees nothing. x may be written up to a multiple of kWideLanes.
 inline double soften_row(double* x, int64_t count, double* total) {
   double top = -__builtin_inf();
   for (int64_t j = 0; j < count; ++j) top = x[j] > top || x[j] != x[j] ? x[j] : top;
+  if (static_cast<float>(top) == -__builtin_inff()) {
+    for (int64_t j = 0; j < count; ++j) x[j] = 0;
+    *total = 1;
+    return top;
+  }
   for (int64_t j = count; j < round_up(count, kWideLanes); ++j) x[j] = top;
   double sum = 0;
   for (int64_t j = 0; j < count; j += kWideLanes) {

@@ -83,11 +83,12 @@ struct Kernel {
       const V shift = pick(equal(most, unseen), zero, most);
       V sum = zero;
       for (int64_t part = 0; part < p.parts; ++part) {
-        const V weight = power(get(share + part * ld + r) - shift);
+        const V level = get(share + part * ld + r);
+        const V weight = pick(equal(level, level), power(level - shift), level);  // NaN stays NaN
         put(share + part * ld + r, weight);
         sum = sum + weight;
       }
-      const V divisor = pick(greater(sum, zero), sum, one);
+      const V divisor = pick(equal(sum, zero), one, sum);
       for (int64_t part = 0; part < p.parts; ++part)
         put(share + part * ld + r, get(share + part * ld + r) / divisor);
       put(top + r, shift);
@@ -107,7 +108,7 @@ struct Kernel {
     for (int u = 0; u < U; ++u) sum[u] = all(Acc(0));
     for (int64_t part = 0; part < p.parts; ++part) {
       const Acc own = share[part * ld];
-      if (!(own > 0)) continue;  // an unseen part may hold anything, NaN included
+      if (own == 0) continue;  // an unseen part may hold anything, NaN included
       const V factor = all(own);
       const T* const x = row(p.outs[part], item, t, h) + c;
 #pragma GCC unroll 8
@@ -128,7 +129,7 @@ struct Kernel {
       Acc* const to = lse + (item.batch * p.heads + item.head + h) * p.seq + item.seq;
       for (int64_t t = 0; t < item.positions; ++t) {
         const int64_t r = h * item.positions + t;
-        to[t] = total[r] > 0 ? logarithm(total[r]) + top[r] : -static_cast<Acc>(__builtin_inf());
+        to[t] = total[r] == 0 ? -static_cast<Acc>(__builtin_inf()) : logarithm(total[r]) + top[r];
       }
     }
     for (int64_t t = 0; t < item.positions; ++t) {

@@ -177,7 +177,8 @@ class KVStore:
         """int64 [B] on the CPU: the column that follows what each row of a layer has been given, padding counted."""
         self._check_open()
         _checks.integer("layer", layer, 0, self.layers - 1)
-        return torch.tensor([c.following for c in self._layers[layer].columns], dtype=torch.int64)
+        following = [c.following for c in self._layers[layer].columns]
+        return torch.tensor(following, dtype=torch.int64, device="cpu")
 
     @keeps
     def attend(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks, segments
+from .._dispatch import check_impl
 from ..ops.global_stats.api import global_stats
 from .layer_checks import check_like_weights
 
@@ -61,6 +62,7 @@ class GlobalIntegrator(nn.Module):
             _checks.integer(name, value, 1)
         if shared_compress_dim is not None:
             _checks.integer("shared_compress_dim", shared_compress_dim, 1)
+        check_impl(impl)
         width = max(compress_dim, shared_compress_dim or 0)
         if width % num_heads:
             raise ValueError(f"num_heads must divide the width {width} of the integrator, got {num_heads}")

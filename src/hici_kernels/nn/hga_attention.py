@@ -89,6 +89,9 @@ class HGAAttention(AttentionLayer):
             at = cache.next_columns(self.layer_idx).to(hidden.device)[:, None] + at
         if positions is None:
             positions = at
+        if attention_mask is not None:
+            # what a masked column holds may be NaN, and 0 * NaN would reach the gradients of the projections
+            hidden = torch.where(attention_mask.bool()[..., None], hidden, 0.0)
         q, k, v = self.project(hidden, positions)
         if cache is not None:
             context = cache.attend(self.layer_idx, q, k, v, attention_mask=attention_mask, impl=self.impl)

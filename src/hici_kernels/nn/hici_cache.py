@@ -362,7 +362,7 @@ class SegmentCache(HiCICache):
         vars(self).clear()
         vars(self).update(saved)
         if self.allocated:
-            at = torch.arange(self.seen.shape[1])
+            at = torch.arange(self.seen.shape[1], device="cpu")
             self.seen &= (at < self.filled[:, None]).to(self.seen.device)
 
     @keeps

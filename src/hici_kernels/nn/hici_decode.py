@@ -83,7 +83,7 @@ def _extend(
     cache.allocate(hidden, k, slots, working_dtype(hidden.dtype))
     column = cache.next_columns(hidden.device)[:, None] + torch.arange(t, device=hidden.device)
     call = _Call(hidden, q, k, v, mask, column)
-    remaining = torch.full((b,), t, dtype=torch.int64)
+    remaining = torch.full((b,), t, dtype=torch.int64, device="cpu")
     order = None
     if mask is not None:
         counts = mask.sum(1).cpu()
@@ -98,7 +98,7 @@ def _extend(
 
     cache.ragged = cache.ragged or mask is not None
     context = torch.zeros_like(q)
-    done = torch.zeros(b, dtype=torch.int64)
+    done = torch.zeros(b, dtype=torch.int64, device="cpu")
     while bool((remaining > done).any()):
         take = torch.minimum(length - cache.filled, remaining - done)
         if bool((take == take[0]).all() and (done == done[0]).all()):
@@ -108,9 +108,9 @@ def _extend(
             if attend:
                 context[:, columns] = _attend(layer, cache, piece, piece.mask)
         else:
-            steps = torch.arange(int(take.max()))
+            steps = torch.arange(int(take.max()), device="cpu")
             used = (steps < take[:, None]).to(hidden.device)
-            at = torch.minimum(done[:, None] + steps, torch.tensor(t - 1)).to(hidden.device)
+            at = torch.minimum(done[:, None] + steps, torch.tensor(t - 1, device="cpu")).to(hidden.device)
             piece = _Call(*(None if x is None else _take(x, at) for x in call))  # type: ignore[arg-type]
             if attend:
                 part = _attend(layer, cache, piece, used if piece.mask is None else used & piece.mask)
@@ -172,7 +172,7 @@ def _enter(cache: SegmentCache, piece: _Call, used: Tensor | None, take: Tensor)
         device = piece.column.device
         real = used if used is not None else torch.ones(b, width, dtype=torch.bool, device=device)
         rows = torch.arange(b, device=device)[:, None].expand(b, width)[real]
-        columns = (filled[:, None] + torch.arange(width)).to(device)[real]
+        columns = (filled[:, None] + torch.arange(width, device="cpu")).to(device)[real]
         for target, source in zip(targets, sources, strict=True):
             target[rows, columns] = source[real].to(target.dtype)
     cache.filled = filled + take

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._dispatch import check_impl
 from ..ops.local_slots.api import check_segments, local_slots
 from .layer_checks import check_like_weights
 
@@ -72,6 +73,7 @@ class LocalConstructor(nn.Module):
         if width % num_heads:
             raise ValueError(f"num_heads must divide bottleneck_dim {width}, got {num_heads}")
         _checks.choice("empty", empty, ("zero", "uniform"))
+        check_impl(impl)
         self.hidden_size, self.num_heads, self.empty, self.impl = hidden_size, num_heads, empty, impl
         self.memory_slots = nn.Parameter(torch.empty(num_local_slots, hidden_size))
         self.q_proj = nn.Linear(hidden_size, width, bias=False)

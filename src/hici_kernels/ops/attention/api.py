@@ -128,7 +128,8 @@ def attention(
     _checks.boolean("return_lse", return_lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    _checks.number("scale", scale)
+    else:
+        _checks.number("scale", scale)
     out, lse = call(
         attention_forward,
         q,

@@ -86,7 +86,7 @@ def block_attention(
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = torch.exp(s - top)
     total = weights.sum(-1, keepdim=True)
-    some = total > 0
+    some = total != 0  # NaN included: it is no query without keys
     total = torch.where(some, total, 1.0)
     lse = torch.where(some, top + total.log(), -torch.inf).squeeze(-1)
     p = weights / total

@@ -74,5 +74,7 @@ def global_stats(
         if b != 1:
             raise ValueError(f"cu_segments needs batch 1 (packed documents), got local with batch {b}")
         if cu_segments.device != local.device:
-            raise ValueError(f"cu_segments is on {cu_segments.device}, expected {local.device} like local")
+            if cu_segments.device.type != "cpu":
+                raise ValueError(f"cu_segments is on {cu_segments.device}, expected {local.device} like local")
+            cu_segments = cu_segments.to(local.device)
     return call(global_stats_forward, local, causal, valid, cu_segments, check_impl(impl))

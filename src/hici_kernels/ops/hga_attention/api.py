@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import _checks
 from ..._dispatch import check_impl
+from ..._library import call
 from ...config import HGAConfig
 from ...rope import Rope
 from ..hga_route.api import budgets, check_config, check_positions, pad_routes
@@ -130,10 +131,12 @@ def hga_attention(
         _checks.token_mask("attention_mask", attention_mask, b, s, q.device)
     if scale is None:
         scale = d**-0.5
-    _checks.number("scale", scale)
+    else:
+        _checks.number("scale", scale)
     _checks.boolean("return_lse", return_lse)
     _checks.boolean("return_routes", return_routes)
-    out, lse, routes = attention_forward(
+    out, lse, routes = call(
+        attention_forward,
         q,
         k,
         v,

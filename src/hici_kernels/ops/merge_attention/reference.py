@@ -20,12 +20,12 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     shift = torch.where(top == -torch.inf, 0.0, top).detach()
     weight = (part - shift).exp()
     total = weight.sum(0)
-    seen = total > 0
+    seen = total != 0  # NaN included
     lse = torch.where(seen, torch.where(seen, total, 1.0).log() + shift, -torch.inf)
     share = weight / torch.where(seen, total, 1.0)
     # an unseen part may hold anything, NaN included: it is replaced, not multiplied by 0
     out = sum(
-        torch.where(s.transpose(1, 2).unsqueeze(-1) > 0, o.to(dtype), 0.0) * s.transpose(1, 2).unsqueeze(-1)
+        torch.where(s.transpose(1, 2).unsqueeze(-1) != 0, o.to(dtype), 0.0) * s.transpose(1, 2).unsqueeze(-1)
         for s, o in zip(share, outs, strict=True)
     )
     # and so may the gradient of a row that no part has seen
