@@ -142,6 +142,30 @@ def test_rewind_brings_columns_back_where_lengths_stay() -> None:
     assert target.next_columns(0).tolist() == target.next_columns(1).tolist() == [5, 5]
 
 
+def test_rewind_of_the_layers_that_a_model_has_called() -> None:
+    target = made(3, 2)
+    for layer in (0, 1):
+        target.attend(layer, *data(90, layer, 2))
+    with pytest.raises(ValueError, match="length must be at most the 0 tokens of row 0, got 70"):
+        target.rewind(70)
+    with pytest.raises(ValueError, match="length must be at most the 90 tokens of row 1, got 91"):
+        target.rewind(91, 1, layers=[1])
+    for bad in ([3], [-1]):
+        with pytest.raises(ValueError, match="layers must be at"):
+            target.rewind(70, layers=bad)
+    assert [target.layer_lengths(i).tolist() for i in range(3)] == [[90, 90], [90, 90], [0, 0]]
+    target.rewind(70, layers=(0, 1))
+    target.rewind(65, 0, layers=[0])
+    target.rewind(70, layers=[])
+    assert [target.layer_lengths(i).tolist() for i in range(3)] == [[65, 70], [70, 70], [0, 0]]
+    fresh = made(1, 2)
+    fresh.attend(0, *(x[:, :70] for x in data(90, 1, 2)))
+    more = data(9, 5, 2)
+    assert torch.equal(target.attend(1, *more), fresh.attend(0, *more))
+    with pytest.raises(ValueError, match="layer must be at most 2, got 3"):
+        target.layer_lengths(3)
+
+
 @needs_native
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_reorder_keeps_the_limit_of_the_host(tier: str, tmp_path) -> None:

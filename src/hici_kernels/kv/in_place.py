@@ -17,9 +17,9 @@ from ..ops.merge_attention.op import merge_forward
 from .layer import LayerState
 from .layout import Layout
 
-#: Queries attended at once, and bytes of pages of one list. The same in every tier and under every limit, so that all
-#: give the same bits.
-QUERIES, LIST_BYTES = 1024, 64 << 20
+#: Bytes of pages of a list that are attended at once. The same in every tier and under every limit, so that all give the
+#: same bits.
+LIST_BYTES = 64 << 20
 
 
 class Lists(NamedTuple):
