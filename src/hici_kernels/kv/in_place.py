@@ -17,8 +17,8 @@ from ..ops.merge_attention.op import merge_forward
 from .layer import LayerState
 from .layout import Layout
 
-#: Bytes of pages of a list that are attended at once, the same in every tier and under every limit, so that all give the
-#: same bits.
+#: Bytes of pages of a list that are attended at once, the same in every tier and under every limit, so that all give
+#: the same bits.
 LIST_BYTES = 64 << 20
 
 
