@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def compile_library(scratch: Path, destination: Path) -> str | None:
     if shutil.which("ninja"):
         configure.append("-GNinja")
     compile_ = ["cmake", "--build", str(scratch), "--config", "Release", "--parallel", str(os.cpu_count() or 1)]
-    steps = ((configure, "configuring found no working C++ compiler"), (compile_, "compiling failed"))
+    steps = ((configure, "configuring failed"), (compile_, "compiling failed"))
     for step, what in steps:
         try:
             done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -91,10 +92,16 @@ def compile_library(scratch: Path, destination: Path) -> str | None:
             return "CMake was not found."
         print(done.stdout)
         if done.returncode:
-            return f"{what} (its output is above)."
+            return f"{what}{_cause(done.stdout)} (its output is above)."
     if not (destination / LIBRARY).is_file():
         return "compiling left no library (its output is above)."
     return None
+
+
+def _cause(output: str) -> str:
+    """What CMake says is wrong, in a line: the module that its Python lacks, or the first error."""
+    found = re.search(r"No module named .*|No CMAKE_CXX_COMPILER could be found|CMake Error.*\n+ *(.*)", output)
+    return "" if found is None else f": {(found[1] or found[0]).strip()}"
 
 
 class Wheel(bdist_wheel):

@@ -12,7 +12,7 @@ from typing import Any
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
-OLDEST_CMAKE = (3, 18)
+OLDEST_CMAKE = (3, 19)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -27,7 +27,7 @@ def _tools() -> list[str]:
     named = shlex.split(os.environ.get("CXX", ""))[:1]
     if not any(shutil.which(name) for name in named or ("c++", "g++", "clang++")):
         return []  # nothing to build with: the package installs without its native library
-    wanted = [] if _cmake_version() >= OLDEST_CMAKE else ["cmake>=3.18"]
+    wanted = [] if _cmake_version() >= OLDEST_CMAKE else ["cmake>=3.19"]
     if not shutil.which("ninja") and not shutil.which("make"):
         wanted.append("ninja")
     return wanted

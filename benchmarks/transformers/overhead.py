@@ -24,6 +24,8 @@ from hici_kernels import HGAConfig, HiCIConfig, KVStore
 from hici_kernels.bench.machine import describe, spread
 from hici_kernels.bench.run import alternate
 from hici_kernels.integrations import HGACache, apply_hga, apply_hici, restore
+from hici_kernels.integrations.hga_cache import HGALayer
+from hici_kernels.integrations.layers import AppendedLayer
 from hici_kernels.nn.slot_attention import SlotAttention
 
 #: the goal, per layer
@@ -54,7 +56,7 @@ def model() -> Any:
 
 def step(changed: Any, cache: Any, layer: int = 1) -> Any:
     """A call of the second attention module (the first also reads the mask for all)."""
-    attention = changed.model.layers[layer].self_attn
+    attention, held = changed.model.layers[layer].self_attn, cache.layers[layer]
     hidden, at = torch.randn(1, 1, HEADS * DIM), torch.tensor([[100]])
     kwargs = {
         "position_embeddings": changed.model.rotary_emb(hidden, at),
@@ -62,7 +64,21 @@ def step(changed: Any, cache: Any, layer: int = 1) -> Any:
         "attention_mask": None,
         "past_key_values": cache,
     }
-    return lambda: attention(hidden, **kwargs)
+    if not isinstance(held, AppendedLayer):
+        return lambda: attention(hidden, **kwargs)
+    # nothing is masked, one column more than are held
+    kwargs["attention_mask"] = torch.empty(1, held.count + 1, 0, dtype=torch.bool)
+
+    def again() -> None:
+        attention(hidden, **kwargs)
+        # every call is the first after the prompt
+        if isinstance(held, HGALayer):
+            held.length -= 1
+            held.history.columns.crop(int(layer == 0))
+        else:
+            held.columns.crop(1)
+
+    return again
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:

@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 _MODELS = ("apply_hga", "apply_hici", "load_hici", "merge_hici", "restore", "save_hici")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODELS:
-        from . import integrations
+if not TYPE_CHECKING:  # a type checker would take any name for one of these
 
-        return getattr(integrations, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _MODELS:
+            from . import integrations
+
+            return getattr(integrations, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

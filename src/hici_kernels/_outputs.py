@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -44,9 +45,23 @@ def prepare(json_path: Path | None, chart_path: Path | None = None, *, kept: Ite
 
 
 def write_json(path: Path, content: Any, indent: int = 2) -> None:
-    """``content`` as text that ends with a line."""
+    """``content`` as text that ends with a line, in one piece; numbers that JSON has no word for become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def figure(width: float, height: float) -> Any:

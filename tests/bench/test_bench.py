@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from hici_kernels import HGAConfig, _native, attention
+from hici_kernels import HGAConfig, _native, _outputs, attention
 from hici_kernels._dispatch import OPS, ORDER
 from hici_kernels.bench import attention as attention_cases
-from hici_kernels.bench import command, decode, global_stats, hga_attention, hga_route, merge_attention, report, run
+from hici_kernels.bench import (
+    command,
+    decode,
+    global_stats,
+    hga_attention,
+    hga_route,
+    machine,
+    merge_attention,
+    report,
+    run,
+)
 from hici_kernels.bench.case import PLAIN, Baseline, Case, with_gradients
 from hici_kernels.bench.run import alternate, measure
 from hici_kernels.bench.shapes import SUITES, TINY, Layer
@@ -64,6 +75,42 @@ def test_a_wrong_result_ends_with_code_1(monkeypatch: pytest.MonkeyPatch, capsys
         chart_path=None,
     )
     assert code == 1 and "WRONG RESULT" in capsys.readouterr().out
+
+
+def test_a_side_that_fails_is_wrong_and_the_others_are_timed() -> None:
+    right = tiny()
+
+    def call(x: dict, impl: str | None) -> tuple:
+        if impl == "reference":
+            raise RuntimeError("kernel launch failed")
+        return right.call(x, impl)
+
+    row = measure(dataclasses.replace(right, call=call), ["reference"], 7, CEILINGS, backward=False)
+    assert row["sides"]["reference"] == {"error": "RuntimeError: kernel launch failed", "correct": False}
+    assert report.failures([row]) and row["sides"][PLAIN]["median_s"] > 0
+
+
+@pytest.mark.parametrize("op", ["merge_attention", "decode"])
+def test_a_named_implementation_that_serves_nothing_ends_with_code_2(op: str, capsys: pytest.CaptureFixture) -> None:
+    options = {"dtype": None, "suite": "quick", "threads": None, "rounds": 7, "json_path": None, "chart_path": None}
+    assert command.run(ops=op, impls="cuda", **options) == 2
+    assert "NOTHING MEASURED: --impl cuda" in capsys.readouterr().out
+
+
+def test_files_are_whole_and_valid(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    _outputs.write_json(path, {"a": [float("nan"), 1.5], "b": (float("inf"), None), 3: "x"})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None, None], "3": "x"}
+    with pytest.raises(TypeError):
+        _outputs.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["3"] == "x" and [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_the_revision_is_of_this_package_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    installed = tmp_path / "venv" / "site-packages" / "hici_kernels" / "bench" / "machine.py"
+    monkeypatch.setattr(machine, "__file__", str(installed))
+    assert machine._revision() is None
 
 
 def test_a_named_implementation_that_is_missing_is_reported_not_replaced() -> None:

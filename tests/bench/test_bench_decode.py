@@ -31,6 +31,7 @@ def test_both_sides_compute_the_same(queries: int, cached: int, slots: bool) -> 
     assert x["k"].shape[1] == queries + cached and ("global_k" in x) == slots
     found = decode.composed(x, decode.visible(p))
     torch.testing.assert_close(found, attention(**x, impl="reference"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(decode.folded(x, decode.visible(p)), found, rtol=0, atol=1e-12)
 
 
 def test_the_mask_shows_slots_and_the_past() -> None:
@@ -46,6 +47,9 @@ def test_the_mask_shows_slots_and_the_past() -> None:
 def test_measured(dtype: torch.dtype, slots: bool) -> None:
     row = decode.measure(point(2, 16, slots, dtype), None, 7, CEILINGS)
     assert row["sides"][decode.OURS]["correct"] and row["speedup"] > 0
+    forms = [row["sides"][f"{decode.PLAIN}, {form}"] for form in decode.FORMS]
+    assert all(x["correct"] for x in forms)
+    assert row["sides"][decode.PLAIN]["median_s"] == min(x["median_s"] for x in forms)
     ours, theirs = row["sides"][decode.OURS], row["sides"][decode.PLAIN]
     assert row["speedup"] == pytest.approx(theirs["median_s"] / ours["median_s"])
     assert ours["fastest_s"] <= ours["median_s"] <= ours["slowest_s"]

@@ -363,8 +363,72 @@ def test_arguments_are_those_of_the_implementations() -> None:
 def test_sides_alternate() -> None:
     order: list[str] = []
     times = gpu_timing.alternate({n: (lambda n=n: order.append(n)) for n in "ab"}, gpu_timing.HostClock(), 3)
-    assert order[4:] == list("aabb" * 3)  # once for the device's time, once for the host's
-    assert set(times["a"]) == {"median_s", "fastest_s", "slowest_s", "host_s"}
+    assert order[:6] == list("aaabbb")  # warmed up, and the host's time taken, for which the device will wait
+    assert order[6:] == list("aabb" * 3)  # once for the device's time, once for the host's
+    assert set(times["a"]) == {"median_s", "fastest_s", "slowest_s", "host_s", "head_start_s"}
+
+
+def test_the_device_waits_for_a_host_that_is_slow() -> None:
+    waited: list[float] = []
+
+    class Clock(gpu_timing.HostClock):
+        def host_seconds(self, call: object) -> float:
+            return 1e-2
+
+        def seconds(self, call: object, ahead: float = gpu_timing.HEAD_START) -> float:
+            waited.append(ahead)
+            return 1.0
+
+    found = gpu_timing.alternate({"a": lambda: None}, Clock(), 2)["a"]
+    assert waited == [2e-2, 2e-2] and found["head_start_s"] == 2e-2
+
+
+CASES = {c.op + c.name: c for c in tiny_cases()[:-1]}  # a store goes on from call to call
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_of_the_suite_is_compared_where_it_is_timed(name: str) -> None:
+    """An implementation that returns zeros is right nowhere."""
+    case, limits = CASES[name], {"matmul_flops": {str(torch.float32): 1e9}, "copy_bytes_per_s": 1e9}
+    right = case.call
+
+    def zeros(x: Inputs, impl: str) -> Outputs:
+        outs = right(x, "reference")
+        return tuple(torch.zeros_like(y) for y in outs) if impl == "zeros" else outs
+
+    tried = dataclasses.replace(case, call=zeros)
+    row = gpu_run.measure(tried, "forward", ["zeros", "reference"], CPU, gpu_timing.HostClock(), 2, limits)
+    assert row["sides"]["zeros"]["correct"] is False and "median_s" not in row["sides"]["zeros"]
+    assert row["sides"]["reference"]["correct"] is True and row["sides"]["reference"]["rows_alike"] == 1
+    assert row["sides"]["reference"]["median_s"] > 0
+
+
+def test_a_case_without_its_truth_says_what_was_checked() -> None:
+    case = dataclasses.replace(tiny_cases()[2], truth="nobody")
+    limits = {"matmul_flops": {str(torch.float32): 1e9}, "copy_bytes_per_s": 1e9}
+    row = gpu_run.measure(case, "forward", ["reference"], CPU, gpu_timing.HostClock(), 2, limits)
+    side = row["sides"]["reference"]
+    assert side["correct"] is None and side["checked"] == "small problems only" and side["median_s"] > 0
+
+
+def test_inputs_that_do_not_fit_are_a_row_of_the_table() -> None:
+    def inputs(device: torch.device) -> Inputs:
+        raise MemoryError("too large")
+
+    case = dataclasses.replace(tiny_cases()[2], inputs=inputs)
+    row = gpu_run.measure(case, "forward", ["reference"], CPU, gpu_timing.HostClock(), 2, {})
+    assert row["sides"] == {"reference": {"error": "MemoryError: too large"}}
+
+
+def test_bytes_of_routed_cases_are_read_once() -> None:
+    c, d, size = gpu_hga_cases.HGAConfig(), 128, 2
+    case = gpu_hga_cases.route_case(512, 4096, torch.bfloat16)
+    keys = 512 * 8 * d * (1 + c.groups_per_chunk)
+    assert case.forward.bytes == size * (keys + 4096 * 32 * d) + 4 * 4096 * 32 * c.topk_groups
+    one = gpu_hga_cases.route_case(16384, 1, torch.bfloat16)
+    assert one.forward.bytes < size * (16384 * 8 * d + 32 * d * (1 + c.topk_chunks * c.groups_per_chunk)) + (1 << 16)
+    routed = gpu_hga_cases.routed_case(32768, 32768, torch.bfloat16)
+    assert routed.forward.bytes == size * 2 * d * (8 + 32) * 32768
 
 
 def test_folder_names() -> None:

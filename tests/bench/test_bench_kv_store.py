@@ -42,7 +42,11 @@ def test_the_command_draws_it(op, charts, found, monkeypatch, tmp_path) -> None:
     assert command.run(ops=op, suite="hga", chart_path=tmp_path / "b" / "a.png", **rest) == 0
     assert {p.name for p in (tmp_path / "b").iterdir()} == charts
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "b").iterdir())
-    assert len(json.loads((tmp_path / "new" / "a.json").read_text())["kv_store"]) == 1
+    written = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert len(written["kv_store"]) == 1 and len(written["goals"]) == len(kv_store.goals(found))
+    other = found | {"steps": [step | {"equal": False} for step in found["steps"]]}
+    monkeypatch.setattr(kv_store, "measure", lambda size: other)
+    assert command.run(ops=op, suite="hga", chart_path=None, **rest) == 1
 
 
 def test_rows_goals_and_text(found) -> None:

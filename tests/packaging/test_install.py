@@ -132,7 +132,7 @@ def test_source_archive_is_complete(tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = ["CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "setup.py", "build_backend/hici_build.py"]
-    for folder, kinds in (("csrc", (".cpp", ".h")), ("tests", (".py",)), ("benchmarks", (".py",))):
+    for folder, kinds in (("csrc", (".cpp", ".h")), ("tests", (".py",)), ("benchmarks", (".py",)), ("docs", (".md",))):
         wanted += [str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
     assert not set(wanted) - held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]

@@ -108,6 +108,14 @@ def test_a_dry_run_writes_no_table(clock: FakeClock, tmp_path: Path, monkeypatch
     search.tune([shape()], CPU, clock, json_path=None, folder=None)
 
 
+def test_half_precisions_measured_apart_keep_entries_of_their_own() -> None:
+    case = stats_case("tiny", 4, torch.bfloat16, False, h=32)
+    found = {"median_s": 1e-6, "started_s": 2e-6, "configuration": BEST, "started_from": BEST, "tried": []}
+    for both, dtypes in ((True, ("bfloat16", "float16")), (False, ("bfloat16",))):
+        entry = search.entry_of(search.Shape("global_stats", (32, 4), case), found, CPU, both=both)
+        assert entry.dtypes == dtypes
+
+
 def test_an_entry_is_replaced_for_its_dtypes_only() -> None:
     old = [
         Entry("t", "sm_90", 128, 1024, ("bfloat16", "float16", "float32"), {"A": 1}),

@@ -166,7 +166,12 @@ def main(
 ) -> None:
     """Shrink configurations that nobody has measured until everything compiles within the limits."""
     ops = op.split(",") if op else tuning.tables()
-    raise typer.Exit(run(ops, arch.split(",") if arch else None, report, jobs or os.cpu_count() or 1))
+    try:
+        code = run(ops, arch.split(",") if arch else None, report, jobs or os.cpu_count() or 1)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

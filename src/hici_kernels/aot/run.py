@@ -63,7 +63,8 @@ def run(report: Path | None, jobs: int, one_per_kernel: bool, use_cache: bool) -
         problems += absent(records) + unused(records, tuning.tables())
     show(console, records, len(compiled))
     if report is not None:
-        write(report, records, triton.__version__)
+        # of one record per kernel, the others' are kept
+        (save if one_per_kernel else write)(report, records, triton.__version__)
     for line in problems:
         console.print(f"FAILED: {line}", markup=False)
     return 1 if problems else 0

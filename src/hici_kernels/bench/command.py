@@ -110,6 +110,9 @@ def run(
     wrong = report.failures(rows, decoded)
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
+    if sides and not wrong and not report.timed(rows, decoded, sides):
+        console.print(f"NOTHING MEASURED: --impl {impls} can serve none of these cases here", markup=False)
+        return 2
     return 1 if wrong else 0
 
 
@@ -146,6 +149,7 @@ def _hga(
         report.show_goals(console, result["goals"])
     for found in stored:
         kv_store.show(lambda line: console.print(line, markup=False), found)
+        result["goals"] += kv_store.goals(found)
     report.show_ceilings(console, after, "ceilings again, after all cases")
     if json_path is not None:
         _outputs.write_json(json_path, result)
@@ -154,6 +158,9 @@ def _hga(
     if chart_path is not None and stored:
         chart.write_store(stored, where, chart.beside(chart_path, "kv_store") if rows else chart_path)
     wrong = [r["name"] for r in rows if r["sides"][hga_layer.OURS]["correct"] is False]
+    wrong += [
+        f"KVStore, {s['routes']} routes: other bits on disk" for x in stored for s in x["steps"] if not s["equal"]
+    ]
     for line in wrong:
         console.print(f"WRONG RESULT, no speed: {line}", markup=False)
     return 1 if wrong else 0

@@ -36,7 +36,9 @@ class Baseline:
 class GpuCase:
     """One operation at one shape; ``inputs`` makes random tensors of ``dtype`` on a device.
 
-    ``truth``: the baseline whose first output decides whether that of an implementation is right, where there is one.
+    ``truth``: the baseline whose first output decides whether that of an implementation is right; "reference" = the
+    implementation of this name, which is then not timed. ``agreement``: share of its rows that must agree. Scores that
+    rounding makes equal, or parts, pick other groups, and a row of another pick is another row.
     """
 
     op: str
@@ -51,6 +53,7 @@ class GpuCase:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     arguments: Callable[[Inputs], tuple[Any, ...]] | None = None
     truth: str = "reference's sequence"
+    agreement: float = 1.0
 
     def work(self, direction: str) -> Work:
         return self.forward if direction == "forward" else self.backward

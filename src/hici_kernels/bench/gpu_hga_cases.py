@@ -25,6 +25,8 @@ from .gpu_store_case import store_case
 
 HEADS, KV_HEADS = 32, 8
 NO_BACKWARD = Work(0, 0)
+#: Share of the rows that must be those of the reference where routes are found in the same call.
+ALIKE = 0.98
 
 
 def _random(device: torch.device, dtype: torch.dtype, *sizes: tuple[int, ...]) -> list[Tensor]:
@@ -70,6 +72,7 @@ def summaries_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
         forward=Work(5 * numbers, dtype.itemsize * (numbers + outs)),
         backward=NO_BACKWARD,
         arguments=lambda x: (x["k"], rope.inv_freq, None, c.chunk_size, c.group_size),
+        truth="reference",
     )
 
 
@@ -80,7 +83,10 @@ def route_case(chunks: int, queries: int, dtype: torch.dtype, d: int = 128) -> G
     names = ("q", "chunk_keys", "group_keys")
     shapes = ((1, queries, HEADS, d), (1, chunks, KV_HEADS, d), (1, chunks, m, KV_HEADS, d))
     scanned = queries * HEADS * (chunks + c.topk_chunks * m)
-    read = chunks * KV_HEADS * d + queries * HEADS * (d + c.topk_chunks * m * d)
+    picked = (
+        min(queries * HEADS * c.topk_chunks, chunks * KV_HEADS) * m * d
+    )  # group keys: each once, however many rows want it
+    read = chunks * KV_HEADS * d + queries * HEADS * d + picked
 
     def call(x: Inputs, impl: str) -> Outputs:
         return (hga_route(x["q"], x["chunk_keys"], x["group_keys"], c, impl=impl),)
@@ -94,9 +100,11 @@ def route_case(chunks: int, queries: int, dtype: torch.dtype, d: int = 128) -> G
         inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
         options={"config": c},
         call=call,
-        forward=Work(2 * d * scanned, dtype.itemsize * read),
+        forward=Work(2 * d * scanned, dtype.itemsize * read + 4 * queries * HEADS * c.topk_groups),
         backward=NO_BACKWARD,
         arguments=lambda x: (*(x[n] for n in names), None, 0, *budgets(c), None),
+        truth="reference",
+        agreement=ALIKE,
     )
 
 
@@ -120,13 +128,15 @@ def routed_case(tokens: int, queries: int, dtype: torch.dtype, d: int = 128) -> 
         inputs=lambda device: dict(zip(names, _random(device, dtype, *shapes), strict=True)),
         options={"config": c},
         call=call,
-        forward=Work(flops, read),
+        forward=Work(flops, read + dtype.itemsize * 2 * d * HEADS * queries),
         # q, out and its gradient read, dq written; dk and dv of all tokens, seen or not
         backward=Work(5 * flops // 2, read + dtype.itemsize * 2 * d * (2 * HEADS * queries + KV_HEADS * tokens)),
         baselines={"sdpa, every token": Baseline(_dense, 2 * d * HEADS * tokens * tokens, same=False)}
         if queries == tokens
         else {},
         arguments=lambda x: (*(x[n] for n in names), rope.inv_freq, None, None, None, *rest),
+        truth="reference",
+        agreement=ALIKE,
     )
 
 
@@ -161,6 +171,8 @@ def decode_case(tokens: int, dtype: torch.dtype, d: int = 128) -> GpuCase:
         call=call,
         forward=Work(4 * d * HEADS * seen + 2 * d * HEADS * (n + c.topk_chunks * m), dtype.itemsize * read),
         backward=NO_BACKWARD,
+        truth="reference",
+        agreement=1 - 2 / HEADS,  # of one query
         baselines={"sdpa, every token": Baseline(_dense, 4 * d * HEADS * tokens, same=False)},
     )
 
@@ -223,6 +235,7 @@ def gather_case(row_bytes: int, rows: int, dtype: torch.dtype) -> GpuCase:
             "one copy, consecutive": Baseline(at_once, 0, same=False),
         },
         arguments=arguments,
+        truth="host gather, one copy",
     )
 
 

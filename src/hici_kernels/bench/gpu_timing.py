@@ -17,16 +17,16 @@ from .machine import spread
 
 MATMUL = 8192
 COPY_BYTES = 4 << 30
-# Cycles of waiting before every timed call, about half a millisecond: longer than Python takes to launch one.
-HEAD_START = 1_000_000
+# Seconds of waiting before every timed call at least, and times what the host needs to launch it; cycles of a second.
+HEAD_START, HEAD_STARTS, CYCLES = 0.5e-3, 2, 2e9
 # Written before every timed call: several times the L2 of any chip so far.
 FLUSH_BYTES = 512 << 20
 
 
 class Clock(Protocol):
-    """Seconds of one call."""
+    """Seconds of one call; ``ahead``: how long the device waits first, while the host launches it."""
 
-    def seconds(self, call: Callable[[], object]) -> float: ...
+    def seconds(self, call: Callable[[], object], ahead: float = HEAD_START) -> float: ...
 
     def host_seconds(self, call: Callable[[], object]) -> float: ...
 
@@ -37,10 +37,10 @@ class DeviceClock:
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object], ahead: float = HEAD_START) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(int(ahead * CYCLES))
         start.record()
         call()
         stop.record()
@@ -59,26 +59,32 @@ class DeviceClock:
 class HostClock:
     """The same interface where there is no device: tests of everything around the numbers."""
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object], ahead: float = HEAD_START) -> float:
+        return self.host_seconds(call)
+
+    def host_seconds(self, call: Callable[[], object]) -> float:
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
 
-    host_seconds = seconds
-
 
 def alternate(sides: dict[str, Callable[[], object]], clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
     """Median, fastest and slowest of every side; every round runs each once, so that drift of clocks hits all alike."""
-    for call in sides.values():
+    ahead: dict[str, float] = {}
+    for name, call in sides.items():
         for _ in range(2):  # compilation, caches
             call()
+        ahead[name] = max(HEAD_START, HEAD_STARTS * clock.host_seconds(call))
     times: dict[str, list[float]] = {name: [] for name in sides}
     host: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
-            times[name].append(clock.seconds(call))
+            times[name].append(clock.seconds(call, ahead[name]))
             host[name].append(clock.host_seconds(call))
-    return {name: spread(t) | {"host_s": statistics.median(host[name])} for name, t in times.items()}
+    return {
+        name: spread(t) | {"host_s": statistics.median(host[name]), "head_start_s": ahead[name]}
+        for name, t in times.items()
+    }
 
 
 def ceilings(

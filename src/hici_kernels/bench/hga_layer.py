@@ -450,7 +450,7 @@ def batch_row(sizes: Sizes, rounds: int, ceilings: dict[str, Any]) -> dict[str, 
     )
     sides: dict[str, Callable[[], object]] = {
         OURS: step,
-        "hici_kernels, row by row": functools.partial(alone, "cpu"),
+        **({"hici_kernels, row by row": functools.partial(alone, "cpu")} if _native.status() is None else {}),
         "plain PyTorch (reference), row by row": functools.partial(alone, "reference"),
         "dense, heads as rows, row by row": dense,
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..cli.info import cpu, gpus
 
 
@@ -25,6 +26,7 @@ def describe() -> dict[str, Any]:
         "gpus": gpus(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "hici_kernels": __version__,
         "threads": torch.get_num_threads(),
         "revision": _revision(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -44,11 +46,16 @@ def _memory() -> int | None:
 
 
 def _revision() -> str | None:
-    here = Path(__file__).resolve().parent
+    """Of the checkout that this file belongs to, marked where it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if Path(_git(root, "rev-parse", "--show-toplevel") or "/").resolve() != root:
+        return None
+    return _git(root, "describe", "--always", "--dirty")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -143,6 +143,13 @@ def _amount(value: float | None, unit: str) -> str:
     return f"{value:.0f} {unit}" if unit.startswith("of ") else f"{value:.2f} {unit}"
 
 
+def timed(rows: list[dict[str, Any]], decoded: list[dict[str, Any]], sides: list[str]) -> bool:
+    """Whether any of the implementations asked for has got a time."""
+    return any("median_s" in row["sides"].get(name, {}) for row in rows for name in sides) or any(
+        "median_s" in row["sides"][decode.OURS] for row in decoded
+    )
+
+
 def failures(rows: list[dict[str, Any]], decoded: list[dict[str, Any]] | None = None) -> list[str]:
     """Sides whose result was wrong."""
     wrong = [

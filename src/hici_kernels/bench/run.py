@@ -58,6 +58,9 @@ def _measure(
         except ImplError as refused:
             sides[name] = {"error": str(refused), "correct": None}
             continue
+        except Exception as failed:  # the other sides, and the cases after this one, are still of use
+            sides[name] = {"error": f"{type(failed).__name__}: {failed}", "correct": False}
+            continue
         if sides[name]["correct"]:
             runnable[name] = functools.partial(checked.whole(call), inputs)
     if case.against == PLAIN:

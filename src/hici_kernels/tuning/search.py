@@ -38,6 +38,8 @@ SEGMENTS = (1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 #: of those, the ones that routed attention has entries for
 ROUTED_DIMS = (64, 128, 256)
+#: what one of these has given serves the other, where only one is asked for
+HALF = frozenset(("bfloat16", "float16"))
 ROUNDS = 11
 # A candidate must be faster by this much to be moved to: less is noise.
 GAIN = 0.01
@@ -145,7 +147,9 @@ def tune(plan: list[Shape], device: torch.device, clock: Clock, *, json_path: Pa
         before, now = (f"{1e6 * found[k]:.1f}" for k in ("started_s", "median_s"))
         table.add_row(shape.op, str(shape.key), shape.dtype, before, now, settings, str(len(found["tried"])))
         if folder is not None:  # at once: an interrupted run keeps what it has
-            write(shape.op, merged(list(read(shape.op)), entry_of(shape, found, device)), folder)
+            asked = {x.dtype for x in plan if (x.op, x.key) == (shape.op, shape.key)}
+            entry = entry_of(shape, found, device, both=len(asked & HALF) < 2)
+            write(shape.op, merged(list(read(shape.op)), entry), folder)
     console.print(table, markup=False)
     if json_path is not None:
         _outputs.write_json(json_path, results, indent=1)
@@ -270,17 +274,16 @@ def steps(name: str, value: int) -> list[int]:
     return [v for v in (value // 2, value * 2) if low <= v <= high]
 
 
-def entry_of(shape: Shape, found: dict[str, Any], device: torch.device) -> Entry:
-    """The entry to write, with its history."""
+def entry_of(shape: Shape, found: dict[str, Any], device: torch.device, both: bool = True) -> Entry:
+    """The entry to write, with its history; ``both``: what one half precision has given serves the other too."""
     head_dim, segment_len = shape.key
-    half = ("bfloat16", "float16")
     now = 1e6 * found["median_s"]
     return Entry(
         op=shape.op,
         arch=architecture(device),
         head_dim=head_dim,
         segment_len=segment_len,
-        dtypes=half if shape.dtype in half else (shape.dtype,),
+        dtypes=tuple(sorted(HALF)) if both and shape.dtype in HALF else (shape.dtype,),
         configuration=found["configuration"],
         measured={
             "gpu": device_name(device),
