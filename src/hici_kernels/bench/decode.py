@@ -3,7 +3,8 @@
 S new queries over C cached keys and the S new ones, at a Llama-3-8B layer, one document, causal:
     with slots:  attention(q, k, v, global_k, ..., local_v)       beside  torch.cat of slots and keys, then SDPA
     without:     attention(q, k, v)                               beside  SDPA on the keys alone
-SDPA gets enable_gqa=True and, for S > 1, a mask that was made beforehand. Bytes: q, k, v and slots once, out once.
+SDPA in the faster of two forms, enable_gqa=True or the query heads of a kv head as queries of it, for S > 1 with a mask
+that was made beforehand. Bytes: q, k, v and slots once, out once.
 """
 
 from __future__ import annotations
