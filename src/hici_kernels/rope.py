@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Rope:
     inv_freq: Tensor
     attention_scaling: float = 1.0
     rotary_dim: int | None = None
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _checks.tensor("inv_freq", self.inv_freq, "rotary_dim/2")
@@ -64,13 +66,29 @@ class Rope:
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
         return cls(1.0 / (theta**exponent) / factor)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rope, (self.inv_freq, self.attention_scaling, self.rotary_dim)  # copies on devices are no part of it
+
     def check_head_dim(self, head_dim: int) -> None:
         if self.rotary_dim is not None and self.rotary_dim > head_dim:
             raise ValueError(f"rope.rotary_dim must be at most head_dim {head_dim}, got {self.rotary_dim}")
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """inv_freq on ``device``. Copied there once: every copy from the host would be waited for."""
+        if self.inv_freq.device == device:
+            return self.inv_freq
+        # what a compiler or a mode of the dispatcher sees is no tensor to keep
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.inv_freq.to(device)
+        found = self._copies.get(device)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._copies[device] = self.inv_freq.to(device)
+        return found
+
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scaled cos and sin [..., rotary_dim/2] at ``positions`` [...], in ``dtype`` (float32 or float64)."""
-        angle = positions.to(dtype).unsqueeze(-1) * self.inv_freq.to(device=positions.device, dtype=dtype)
+        angle = positions.to(dtype).unsqueeze(-1) * self.frequencies(positions.device).to(dtype)
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:

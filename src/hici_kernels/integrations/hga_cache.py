@@ -38,7 +38,7 @@ class HGASettings:
         """The rotation, its frequencies where the model is now."""
         if self.rope.inv_freq.device == device:
             return self.rope
-        return dataclasses.replace(self.rope, inv_freq=self.rope.inv_freq.to(device))
+        return dataclasses.replace(self.rope, inv_freq=self.rope.frequencies(device))
 
     def __deepcopy__(self, memo: Any) -> HGASettings:
         """Itself: caches and models that are copied still belong to each other."""

@@ -319,7 +319,7 @@ class Engine:
             if start < stop:
                 rows = slice(None) if together else slice(b, b + 1)
                 part = keys.detach()[rows, (start - first) * c : (stop - first) * c]
-                found = summaries_forward(part, self.rope.inv_freq, None, c, g, impl)
+                found = summaries_forward(part, self.rope.frequencies(self.device), None, c, g, impl)
                 state.buffers["chunk_keys"][rows, start:stop], state.buffers["group_keys"][rows, start:stop] = found
                 size = self.config.super_chunk
                 if size and start // size < stop // size:
@@ -502,7 +502,7 @@ class Engine:
                 q,
                 keys,
                 values,
-                self.rope.inv_freq,
+                self.rope.frequencies(self.device),
                 upload(compact.positions(place, c), self.device),
                 None,
                 compact.routes(routes, slots, m),

@@ -123,6 +123,8 @@ def forward(
 
     offsets = None if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True)
     cut = Cut.of(q, k, segment_len, recurrence_len, offsets, (global_k, local_k, prefix_mask))
+    if cut.packed:  # rows behind the last document are in no tile
+        out.zero_(), lse.fill_(-torch.inf)
     chosen = tuning.configuration(
         "attention", tuning.architecture(q.device), head_dim=d, segment_len=cut.segment_len, dtype=q.dtype
     )

@@ -178,8 +178,12 @@ class _Call:
     def _queries(self) -> tuple[Tensor, Tensor, Tiles, int]:
         """dq; parts of the slots' gradients; the tiles those belong to and their size."""
         dq = self._empty(tuple(self.q.shape))
-        config = self.configuration("attention_backward_dq")
         slots = self.global_slots + self.local_slots
+        config = self.configuration("attention_backward_dq")
+        if self.keep is not None and slots and self.q.element_size() == 2 and padded(self.d) == 128:
+            # with both, releases of Triton before 3.9 need more shared memory than chips of compute capability 8 have
+            config["BLOCK_M"] = max(config["BLOCK_M"] // 2, 16)
+            config["num_warps"] = max(1, min(config["num_warps"], config["BLOCK_M"] // 8))
         tiles = self.cut.tiles(config["BLOCK_M"], reverse=self.causal, runs=slots > 0)
         parts = self.delta.new_empty((self.b, self.heads, tiles.count, 2, slots, self.d))
         # a tensor without elements has no memory to point at

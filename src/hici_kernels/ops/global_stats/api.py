@@ -76,5 +76,5 @@ def global_stats(
         if cu_segments.device != local.device:
             if cu_segments.device.type != "cpu":
                 raise ValueError(f"cu_segments is on {cu_segments.device}, expected {local.device} like local")
-            cu_segments = cu_segments.to(local.device)
+            cu_segments = cu_segments.to(local.device, non_blocking=True)
     return call(global_stats_forward, local, causal, valid, cu_segments, check_impl(impl))

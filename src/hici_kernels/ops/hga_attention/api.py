@@ -140,7 +140,7 @@ def hga_attention(
         q,
         k,
         v,
-        rope.inv_freq,
+        rope.frequencies(q.device),
         positions,
         attention_mask,
         None,

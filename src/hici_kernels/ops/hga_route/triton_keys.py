@@ -53,7 +53,7 @@ def ids_of(x, count):
 def keep_best(best, found, K: tl.constexpr):
     """The K highest of best [R, K], highest first, and found [R, N], N >= K."""
     # of a falling and a rising list the larger of each pair are the K highest of both
-    return tl.sort(tl.maximum(best, tl.flip(tl.topk(found, K))), descending=True)
+    return tl.sort(tl.maximum(best, tl.flip(tl.topk(found, K), 1)), descending=True)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def hga_summaries(
         if tuple(positions.shape) not in ((s,), (b, s)):
             raise ValueError(f"positions must be [S] = [{s}] or [B, S] = [{b}, {s}], got {list(positions.shape)}")
     chunk_keys, group_keys = summaries_forward(
-        k.detach(), rope.inv_freq, positions, chunk_size, group_size, check_impl(impl)
+        k.detach(), rope.frequencies(k.device), positions, chunk_size, group_size, check_impl(impl)
     )
     return chunk_keys, group_keys
 

@@ -507,11 +507,13 @@ def _backward(x: Problem, grad_out: Tensor) -> tuple[Tensor, ...]:
         num_warps=4,
         num_stages=1,
     )
+    # columns behind the last document are in no segment
+    empty = x.hidden.new_zeros if packed else x.hidden.new_empty
     if x.absorbed:
-        dx = x.hidden.new_empty(x.b, x.s, x.h)
+        dx = empty(x.b, x.s, x.h)
         dy = dx
     else:
-        both = x.hidden.new_empty(x.b, x.s, 2 * x.e)
+        both = empty(x.b, x.s, 2 * x.e)
         dx, dy = both[..., : x.e], both[..., x.e :]
     hidden_gradients[(chunks * cut.splits * x.b * x.groups,)](
         p,
