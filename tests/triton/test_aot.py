@@ -127,7 +127,7 @@ def test_an_interrupted_run_keeps_what_it_has_compiled(tmp_path: Path, monkeypat
         run.run(report, 1, False, True)
     rows = {r["key"]: r for r in json.loads(report.read_text(encoding="utf-8"))["kernels"]}
     assert rows.keys() == {"a", "b", "c", "past"} and rows["b"]["verdict"] == "ok" and "no" in rows["c"]["verdict"]
-    # the next run goes on from there; one of each kernel keeps what it has not looked at, a whole one nothing of the past
+    # the next run goes on from there; one of each kernel keeps what it has not looked at, a whole one leaves the past
     monkeypatch.setattr(run, "_compile_all", lambda plan, jobs: iter([fits] * len(plan)))
     run.run(report, 1, True, True)
     assert run.cached(report).keys() == {*"abcd", "past"}
