@@ -26,6 +26,18 @@ ForwardPath forward_path(Isa isa) {
   }
 }
 
+FewPath few_path(Isa isa) {
+  switch (isa) {
+#define HICI_CASE(value, text, space) \
+  case Isa::value:                    \
+    return space::few_path();
+    HICI_PATHS(HICI_CASE)
+#undef HICI_CASE
+    default:
+      return base::few_path();
+  }
+}
+
 DirectPath direct_path(Isa isa) {
   switch (isa) {
 #define HICI_CASE(value, text, space) \
@@ -109,23 +121,28 @@ void attention_forward(const AttentionProblem& given, const AttentionCut& cut, v
   const ForwardPath path = forward_path(isa);
   const ForwardSchedule schedule(problem, path.tile_rows(problem));
 
-  const int64_t scratch_size = (path.scratch(problem, schedule.sizes) + 63) / 64 * 64;
+  const FewPath way = schedule.few ? few_path(isa) : FewPath{path.scratch, path.forward};
+  const int64_t scratch_size = (way.scratch(problem, schedule.sizes) + 63) / 64 * 64;
   if (schedule.work < kWorthThreads) execution.threads = 1;
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, schedule.items.size()));
+  const int64_t most = std::max(schedule.items.size(), schedule.merges.size());
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(execution.threads, most));
   const Memory scratch(workers * scratch_size);
   const Memory partials(schedule.partials * schedule.sizes.rows * path.partial_width(problem) * 4);
   const ForwardOutput output{out, lse, static_cast<float*>(partials.data())};
 
   prefer_large_pages(out, written);
   if (ranks.some_masked()) clear();
-  parallel(execution, schedule.items.size(), [&](int64_t i, int worker) {
-    path.forward(problem, schedule.items[i], output, schedule.sizes,
-                 static_cast<char*>(scratch.data()) + worker * scratch_size);
-  });
-  if (schedule.merges.empty()) return;
-  parallel(execution, schedule.merges.size(), [&](int64_t i, int) {
-    path.merge(problem, schedule.items[schedule.merges[i].first], schedule.merges[i].count, output, schedule.sizes);
-  });
+  const auto item = [&](int64_t i, int worker) {
+    way.forward(problem, schedule.items[i], output, schedule.sizes,
+                static_cast<char*>(scratch.data()) + worker * scratch_size);
+  };
+  const auto merge = [&](int64_t i, int) {
+    path.merge(problem, schedule.merges[i].first, schedule.merges[i].count, output, schedule.sizes);
+  };
+  const int64_t items = schedule.items.size(), merges = schedule.merges.size();
+  if (schedule.few) return parallel_twice(execution, items, item, merges, merge);
+  parallel(execution, items, item);
+  parallel(execution, merges, merge);
 }
 
 void attention_backward(const AttentionProblem& given, const AttentionCut& cut, const Sequence4& grad_out,

@@ -82,25 +82,26 @@ void attention_backward(const AttentionProblem& problem, const AttentionCut& cut
                         const float* grad_lse, const void* out, const float* lse, const AttentionGradients& gradients,
                         Isa isa, Execution execution);
 
-// Queries of ranks [rank_begin, rank_end) of a segment, all query heads of one kv head, over keys j in [key_begin,
-// key_end). partial < 0: all its keys, the results are final; else the state goes to partial sums number `partial`.
+// Queries of ranks [rank_begin, rank_end) of a segment, all query heads of kv heads [kv_head, kv_head + heads), over keys j
+// in [key_begin, key_end). partial < 0: all its keys, the results are final; else the state of kv_head goes to partial sums
+// number `partial`, that of the next one to the next.
 struct ForwardItem {
-  int64_t segment, kv_head;
+  int64_t segment, kv_head, heads;
   int64_t rank_begin, rank_end;
   int64_t key_begin, key_end;
   int64_t partial;
 };
 
-// The most rows and keys of any item.
+// The most rows of a kv head and keys of any item, and kv heads.
 struct ForwardSizes {
-  int64_t rows = 0, keys = 0;
+  int64_t rows = 0, keys = 0, heads = 1;
 };
 
 // Forward state of one row: unnormalised sums, then their weight and the largest score.
 struct ForwardOutput {
   void* out;
   float* lse;
-  float* partials;  // [items with partial >= 0][sizes.rows][partial_width]
+  float* partials;  // [numbers in use][sizes.rows][partial_width]
 };
 
 // Backward: which products an item computes.
@@ -160,11 +161,19 @@ struct ForwardPath {
   int64_t (*tile_rows)(const AttentionProblem&);  // the most rows of an item
   int64_t (*partial_width)(const AttentionProblem&);
   int64_t (*scratch)(const AttentionProblem&, const ForwardSizes&);
+  // items of one kv head
   void (*forward)(const AttentionProblem&, const ForwardItem&, const ForwardOutput&, const ForwardSizes&,
                   void* scratch);
-  // merges `count` consecutive partial sums of one tile, the first described by `item`
+  // merges `count` partial sums of one tile and kv head, `kv_heads` apart, the first described by `item`
   void (*merge)(const AttentionProblem&, const ForwardItem& item, int64_t count, const ForwardOutput&,
                 const ForwardSizes&);
+};
+
+// As ForwardPath, items of few rows a kv head that nothing is packed for; ForwardPath::merge merges them.
+struct FewPath {
+  int64_t (*scratch)(const AttentionProblem&, const ForwardSizes&);
+  void (*forward)(const AttentionProblem&, const ForwardItem&, const ForwardOutput&, const ForwardSizes&,
+                  void* scratch);
 };
 
 struct BackwardPath {
@@ -187,6 +196,7 @@ struct DirectPath {
 
 #define HICI_DECLARE(value, text, space) \
   namespace space {                      \
+  FewPath few_path();                    \
   DirectPath direct_path();              \
   ForwardPath forward_path();            \
   BackwardPath backward_path();          \

@@ -10,6 +10,10 @@ namespace {
 constexpr int64_t kItems = 64;
 // Keys below which splitting a tile's keys over items costs more than it gives.
 constexpr int64_t kSplitKeys = 2048;
+// The most rows of a kv head that are multiplied where keys lie (FewPath): with more, packing pays.
+constexpr int64_t kFewRows = 16;
+// The same where nothing is packed, and items below which the heads of a part are split too.
+constexpr int64_t kSplitKeysFew = 256, kItemsFew = 16;
 
 // Backward: a segment and kv head is one item, which computes each block of scores once, where there are enough of them
 // or little to do, and where what it keeps in scratch stays below a limit; else keys and queries are separate items,
@@ -97,25 +101,35 @@ ForwardSchedule::ForwardSchedule(const AttentionProblem& p, int64_t tile_rows) {
     }
   }
 
-  const int64_t whole = static_cast<int64_t>(tiles.size()) * p.kv_heads;
-  const int64_t wanted = whole ? (kItems + whole - 1) / whole : 1;
-  if (wanted <= 1) {
+  few = sizes.rows <= kFewRows;
+  const int64_t count = static_cast<int64_t>(tiles.size()), whole = count * p.kv_heads;
+  if (!few && whole >= kItems) {
     // head by head and segment by segment, so that the tiles that share keys and values run at about the same time;
     // within a segment the long ones come first, so that the last items of all are short
     for (int64_t h = 0; h < p.kv_heads; ++h)
-      for (const Tile& tile : tiles) items.push_back({tile.segment, h, tile.begin, tile.end, 0, tile.keys, -1});
+      for (const Tile& tile : tiles) items.push_back({tile.segment, h, 1, tile.begin, tile.end, 0, tile.keys, -1});
     return;
   }
   // few tiles: keys are split, and the heads of one part run together, since the rows of a token's heads share a page
   for (const Tile& tile : tiles) {
-    const int64_t splits = std::max<int64_t>(1, std::min(wanted * p.kv_heads, tile.keys / kSplitKeys));
-    const int64_t first = static_cast<int64_t>(items.size());
+    const int64_t parts = few ? (kItems + count - 1) / count : (kItems + whole - 1) / whole * p.kv_heads;
+    const int64_t splits = std::max<int64_t>(1, std::min(parts, tile.keys / (few ? kSplitKeysFew : kSplitKeys)));
+    const int64_t shares = few ? std::min(p.kv_heads, std::max<int64_t>(1, kItemsFew / (splits * count))) : p.kv_heads;
+    const ForwardItem of{tile.segment, 0, 1, tile.begin, tile.end, 0, tile.keys, -1};
     for (int64_t i = 0; i < splits; ++i)
-      for (int64_t h = 0; h < p.kv_heads; ++h)
-        items.push_back({tile.segment, h, tile.begin, tile.end, tile.keys * i / splits, tile.keys * (i + 1) / splits,
-                         splits > 1 ? partials + h * splits + i : -1});
+      for (int64_t x = 0; x < shares; ++x) {
+        ForwardItem item = of;
+        item.kv_head = p.kv_heads * x / shares, item.heads = p.kv_heads * (x + 1) / shares - item.kv_head;
+        item.key_begin = tile.keys * i / splits, item.key_end = tile.keys * (i + 1) / splits;
+        if (splits > 1) item.partial = partials + i * p.kv_heads + item.kv_head;
+        items.push_back(item);
+        sizes.heads = std::max(sizes.heads, item.heads);
+      }
     if (splits == 1) continue;
-    for (int64_t h = 0; h < p.kv_heads; ++h) merges.push_back({first + h, splits});
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      merges.push_back({of, splits});
+      merges.back().first.kv_head = h, merges.back().first.partial = partials + h;
+    }
     partials += splits * p.kv_heads;
   }
 }

@@ -24,10 +24,12 @@ class Ranks {
 struct ForwardSchedule {
   ForwardSchedule(const AttentionProblem& problem, int64_t tile_rows);
 
-  // a tile's partial sums, from number `partial` of its first item on
+  // the partial sums of a tile and kv head
   struct Merge {
-    int64_t first, count;  // first: an index into items
+    ForwardItem first;
+    int64_t count;
   };
+  bool few = false;  // items are for FewPath
   std::vector<ForwardItem> items;
   std::vector<Merge> merges;
   ForwardSizes sizes;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace hici::cpu {
 
@@ -38,7 +39,7 @@ void parallel(Execution execution, int64_t items, Body&& body) {
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t items;
-    Body* body;
+    std::remove_reference_t<Body>* body;
   } shared;
   shared.items = items;
   shared.body = &body;

@@ -78,9 +78,12 @@ Shape random_shape(Random& random, int64_t number) {
   const int64_t dims[] = {1, 3, 8, 16, 24, 32, 40, 64, 65, 80};
   s.dim = dims[random.below(10)];
   if (number % 20 == 7) s.dim = random.chance(0.5) ? 256 : 192, s.keys = std::min<int64_t>(s.keys, 60);
+  // every fifth decodes: few queries over keys that are split among items
+  if (number % 5 == 3 && !s.packed) s.keys = random.within(200, 900), s.queries = random.within(1, 6);
   s.queries = std::min(s.queries, s.keys);
   const int64_t lengths[] = {0, 1, 5, 16, 33, 64, 100, 300};
   s.segment_len = lengths[random.below(8)];
+  if (number % 5 == 3 && random.chance(0.7)) s.segment_len = 0;
   if (s.segment_len > 0 && s.keys > 40 * s.segment_len) s.segment_len = 33;
   s.recurrence = s.segment_len > 0 && random.chance(0.6) ? random.within(1, s.segment_len) : 0;
   s.global = random.chance(0.6) ? random.within(0, 5) : 0;

@@ -1,5 +1,6 @@
 // driver [cases] [seed] [check]: every check, or one, on every path this processor runs; status 0 if all hold.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,7 +13,8 @@ namespace {
 std::vector<hici::cpu::Isa> paths() {
   std::vector<hici::cpu::Isa> found = hici::cpu::runnable();
 #if defined(HICI_HAVE_AMX) && defined(HICI_EMULATE_TILES)
-  if (found.back() == hici::cpu::Isa::kAvx512Bf16) found.push_back(hici::cpu::Isa::kAmx);
+  const auto has = [&](hici::cpu::Isa isa) { return std::find(found.begin(), found.end(), isa) != found.end(); };
+  if (has(hici::cpu::Isa::kAvx512Bf16) && !has(hici::cpu::Isa::kAmx)) found.push_back(hici::cpu::Isa::kAmx);
 #endif
   return found;
 }

@@ -56,8 +56,8 @@ def status() -> str | None:
 def paths() -> dict[str, int]:
     """Instruction-set paths of the kernels that this processor runs, slowest first: name -> number.
 
-    "base" is AVX2 on x86-64; "avx512"; "avx512_bf16" (bfloat16 products); "amx" (bfloat16 tiles). Each one includes the
-    ones before it. Empty where the library is not usable.
+    "base" is AVX2 on x86-64; "avx512"; "avx512_bf16" (bfloat16 products), before "avx512" on Intel processors whose
+    bfloat16 products are slower than those of float32; "amx" (bfloat16 tiles). Empty where the library is not usable.
     """
     if status() is not None:
         return {}

@@ -208,22 +208,6 @@ class BlockOfKeys {
 };
 
 template <class T>
-void finish(const AttentionProblem& problem, const AttentionSegment& segment, int64_t rank, int64_t head,
-            const float* o, float total, double level, const ForwardOutput& output) {
-  const int64_t b = segment.batch, dim = problem.dim;
-  const int64_t query = problem.column(b, rank) - (problem.keys - problem.queries);
-  T* const out = static_cast<T*>(output.out) + ((b * problem.queries + query) * problem.heads + head) * dim;
-  // divided, not multiplied by a rounded reciprocal
-  const Vec weight = splat(total == 0.0f ? 1.0f : total);
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
-  if (d < dim) narrow_part(out + d, div(load(o + d), weight), dim - d);
-  // in double: the sum of a large maximum and a small logarithm is rounded once
-  const double lse = level + __builtin_log(static_cast<double>(total));
-  output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
-}
-
-template <class T>
 void forward(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
              const ForwardSizes& sizes, void* memory) {
   using Op = typename operand<T>::type;
@@ -302,8 +286,8 @@ void merge(const AttentionProblem& problem, const ForwardItem& item, int64_t cou
            const ForwardSizes& sizes) {
   const AttentionSegment& segment = problem.segments[item.segment];
   const int64_t tokens = item.rank_end - item.rank_begin, group = problem.group();
-  const int64_t width = round_up(problem.dim, kLanes), step = sizes.rows * (width + 2);
-  float* const base = output.partials + item.partial * step;
+  const int64_t width = round_up(problem.dim, kLanes), size = sizes.rows * (width + 2), step = problem.kv_heads * size;
+  float* const base = output.partials + item.partial * size;
   for (int64_t r = 0; r < tokens * group; ++r) {
     float* const into = base + r * (width + 2);
     const Merged found = merge_partials(into, step, count, width);

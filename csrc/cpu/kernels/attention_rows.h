@@ -58,6 +58,23 @@ inline void key_rows(const AttentionProblem& problem, const AttentionSegment& se
   }
 }
 
+// The results of one row, from its unnormalised sums.
+template <class T>
+inline void finish(const AttentionProblem& problem, const AttentionSegment& segment, int64_t rank, int64_t head,
+            const float* o, float total, double level, const ForwardOutput& output) {
+  const int64_t b = segment.batch, dim = problem.dim;
+  const int64_t query = problem.column(b, rank) - (problem.keys - problem.queries);
+  T* const out = static_cast<T*>(output.out) + ((b * problem.queries + query) * problem.heads + head) * dim;
+  // divided, not multiplied by a rounded reciprocal
+  const Vec weight = splat(total == 0.0f ? 1.0f : total);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
+  if (d < dim) narrow_part(out + d, div(load(o + d), weight), dim - d);
+  // in double: the sum of a large maximum and a small logarithm is rounded once
+  const double lse = level + __builtin_log(static_cast<double>(total));
+  output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
+}
+
 // How scores become weights e^(scale * score - top). Inside a kernel tops are in the units of factor_of(scale); levels, like
 // lse, are in units of e.
 template <class Op>

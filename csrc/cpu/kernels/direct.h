@@ -163,21 +163,4 @@ inline double soften_row(double* x, int64_t count, double* total) {
   return top;
 }
 
-// Runs body(Count<R>{}, first) for rows [0, n), four at a time, then what is left.
-template <class Body>
-inline void in_fours(int64_t n, Body&& body) {
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) body(Count<4>{}, i);
-  switch (n - i) {
-    case 3:
-      return body(Count<3>{}, i);
-    case 2:
-      return body(Count<2>{}, i);
-    case 1:
-      return body(Count<1>{}, i);
-    default:
-      return;
-  }
-}
-
 }  // namespace hici::cpu::HICI_PATH

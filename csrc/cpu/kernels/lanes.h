@@ -306,6 +306,23 @@ __attribute__((always_inline)) inline void each_vector(int64_t n, Body&& body) {
   if (c < n) body(c, Count<1>{}, Part{n - c});
 }
 
+// Runs body(Count<R>{}, first) for rows [0, n), four at a time, then what is left.
+template <class Body>
+inline void in_fours(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) body(Count<4>{}, i);
+  switch (n - i) {
+    case 3:
+      return body(Count<3>{}, i);
+    case 2:
+      return body(Count<2>{}, i);
+    case 1:
+      return body(Count<1>{}, i);
+    default:
+      return;
+  }
+}
+
 // Vectors of T that fill a cache line: what goes past the caches must leave in whole lines.
 template <class T>
 constexpr int kLine = static_cast<int>(64 / (sizeof(T) * lanes<typename simd::accumulator<T>::type>::count));
