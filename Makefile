@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # long tests stand together at the end: whoever is idle takes of what others have not begun
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test fast slow aot lint matrix optional sanitize wheel install clean
+.PHONY: demo test fast slow aot lint matrix optional sanitize tiles wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -74,6 +74,12 @@ build/driver-threads: SANITIZE := thread
 build/driver-plain build/driver-memory build/driver-threads:
 	@cmake -S csrc/driver -B $@ -DHICI_SANITIZE=$(SANITIZE) > /dev/null
 	@cmake --build $@ --parallel $(shell nproc 2>/dev/null || echo 2)
+
+# attention on the path of tiles without its products: benchmarks/tiles
+tiles:
+	@cmake -S benchmarks/tiles -B build/tiles > /dev/null
+	@cmake --build build/tiles --parallel $(shell nproc 2>/dev/null || echo 2)
+	@build/tiles/tiles
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .

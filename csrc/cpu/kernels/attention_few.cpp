@@ -19,8 +19,8 @@ constexpr int64_t kBlock = 32;  // keys: a chain of additions of values (kChain)
 // Rows of a block of keys and values of one kv head.
 template <class T>
 struct Block {
-  const T* k[kBlock + kLanes];
-  const T* v[kBlock + kLanes];
+  const T* k[kBlock];
+  const T* v[kBlock];
   int64_t n = 0;
 };
 

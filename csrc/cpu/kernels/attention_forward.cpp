@@ -2,7 +2,7 @@
 // of keys and values is packed once for all of them.
 //
 // Per block of keys: scores S = Q K^T (gemm), then per row the new maximum m, P = e^(scale S - m), and O = O * alpha + P V
-// (gemm). Rows are processed kRows at a time so that S and P stay near the core.
+// (gemm). Rows are processed kRows at a time, so that S and P stay near the core.
 
 #include "../attention.h"
 #include "attention_rows.h"
@@ -10,8 +10,6 @@
 
 namespace hici::cpu::HICI_PATH {
 namespace {
-
-constexpr int64_t kRows = 96;  // a multiple of kStrip and of tile rows
 
 // Whether products of one strip of rows run between the exponentials of another: tiles do, beside the vector units.
 #if defined(HICI_PATH_AMX)
@@ -22,9 +20,19 @@ template <class Op>
 constexpr bool kBetween = false;
 #endif
 
-// Rows of a tile: enough to pay for the packing of keys, and all heads of one token at least.
+// Rows that meet a block of keys together, a multiple of kStrip or of tile rows; rows of a tile, which pay for the packing
+// of its keys. Beside tiles, what moves between caches takes longer than products do (csrc/README.md).
+template <class Op>
+constexpr int64_t kRows = kBetween<Op> ? 32 : 96;
+template <class Op>
+constexpr int64_t kTileRows = kBetween<Op> ? 1152 : 288;
+
+// All heads of one token at least.
 int64_t tile_rows(const AttentionProblem& problem) {
-  return larger((problem.dim <= 128 ? 3 : 2) * kRows, round_up(problem.group(), kRows));
+  return with_element(problem.element, [&](auto zero) {
+    using Op = typename operand<decltype(zero)>::type;
+    return larger(problem.dim <= 128 ? kTileRows<Op> : kTileRows<Op> / 3 * 2, round_up(problem.group(), kRows<Op>));
+  });
 }
 
 // Keys per block: packed keys and values take about 128 KiB.
@@ -51,7 +59,7 @@ struct Scratch {
   Strip* strips;
 
   Scratch(const AttentionProblem& problem, const ForwardSizes& sizes, Carve& carve) {
-    const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows);
+    const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows<Op>);
     depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
     block = smaller(block_keys<Op>(dim), round_up(sizes.keys, 32));
     q = carve.take<Op>(rows * depth);
@@ -66,7 +74,7 @@ struct Scratch {
     total = carve.take<float>(round_up(rows, kLanes));
     alpha = carve.take<float>(round_up(strip_rows, kLanes));
     visible = carve.take<int64_t>(rows);
-    strips = carve.take<Strip>((rows + kRows - 1) / kRows);
+    strips = carve.take<Strip>((rows + kRows<Op> - 1) / kRows<Op>);
     k_rows = carve.take<const void*>(block);
     v_rows = carve.take<const void*>(block);
     next_k_rows = carve.take<const void*>(block);
@@ -247,8 +255,8 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
     const BlockOfKeys<Op> block(scratch, n, problem.scale);
     int64_t strips = 0;
-    for (int64_t first = 0; first < rows; first += kRows) {
-      const int64_t count = smaller(kRows, rows - first);
+    for (int64_t first = 0; first < rows; first += kRows<Op>) {
+      const int64_t count = smaller(kRows<Op>, rows - first);
       int64_t most = 0;
       for (int64_t r = first; r < first + count; ++r) {
         const int64_t rank = item.rank_begin + r % tokens;
