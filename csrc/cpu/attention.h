@@ -119,15 +119,16 @@ struct BackwardItem {
 
 // A segment with at most this many keys has them in one block, which forms its softmax anew from its own scores.
 constexpr int64_t kExactKeys = 256;
-// Queries whose scores are formed, and kept if there is room, before gradients are made of them.
+// Queries that meet all their keys before the next ones do.
 constexpr int64_t kQueriesAhead = 512;
 static_assert(kQueriesAhead >= kExactKeys, "");  // the most queries of a segment with so few keys
 
-// The most that any item keeps in scratch: keys with sums, packed queries (kKeys keeps one block of them), the keys of a
-// segment with at most kExactKeys, and packed keys with scores (0: one block, and scores are formed twice).
+// The most that any item keeps in scratch: keys with sums, packed queries, the keys of a segment with at most kExactKeys,
+// packed keys (of an item with more, a block).
 struct BackwardSizes {
-  int64_t keys = 0, queries = 0, exact = 0, kept = 0;
+  int64_t keys = 0, queries = 0, exact = 0, packed = 0;
   bool anew = false;  // facts are formed from scores, in segments of more than kExactKeys keys
+  bool kept = false;  // scores stay until gradients are made of them, else they are formed twice
 };
 
 // Facts of a query: weights are exp(score - shift) * factor, delta = sum_j P dP. All [batch, heads, queries]. A shift with a

@@ -21,7 +21,7 @@ constexpr int64_t kSplitKeysFew = 256, kItemsFew = 16;
 constexpr int64_t kWholeItems = 32;
 constexpr double kLittleWork = 1e8;
 constexpr int64_t kWholeRows = int64_t{1} << 23;  // elements of dim: about 30 bytes of scratch each
-// Keys whose scores with kQueriesAhead queries are kept: 4 KiB of scratch each.
+// Keys that stay packed in scratch, and in float32 their scores with kQueriesAhead queries: 4 KiB each.
 constexpr int64_t kKeptKeys = 16384;
 
 }  // namespace
@@ -153,8 +153,10 @@ BackwardSchedule::BackwardSchedule(const AttentionProblem& p, int64_t block, boo
   const int64_t key_step = std::max(kExactKeys, 4 * block), query_step = 4 * block;
   sizes.keys = whole ? most_keys : std::min(most_keys, key_step);
   sizes.anew = anew && most_keys > kExactKeys;
-  sizes.queries = !whole ? std::min(longest, query_step) : sizes.anew ? std::min(longest, kQueriesAhead) : longest;
-  if (sizes.anew && most_keys <= kKeptKeys) sizes.kept = most_keys;
+  sizes.queries = std::min(longest, kQueriesAhead);
+  const bool room = most_keys <= kKeptKeys;
+  sizes.packed = room ? most_keys : whole ? 0 : sizes.keys;
+  sizes.kept = sizes.anew && room;
 
   struct Costed {
     double cost;

@@ -5,15 +5,13 @@
 //   S^T = K Q^T    P = e^(scale S - m) / l    dP^T = V dO^T    dS = P (dP - delta)    delta = dO . O - grad_lse
 //   dV += P^T dO   dK += scale dS^T Q        dQ^T += scale K^T dS^T
 //
-// An item takes its query heads one after the other. Sums over queries (dK, dV) and over keys (dQ^T) stay in scratch, added
-// in order of heads and blocks. (m, l) is (lse, 1) where the rounding of lse does not show in the element type: there the
-// queries of a head are packed once and stay while blocks of keys pass (by_keys). In float32, or for very large lse, it
-// does, and so does the rounding of O in delta where one key has nearly all the weight: there, maximum, sum and
-// delta = sum_j P dP of every query are formed anew from its scores (by_queries): kAhead blocks of queries at a time meet
-// all their keys, whose packed form stays, and so do the scores, which the gradients are then made of. Where there is no
-// room for them they are formed twice, two products more.
-//
-// kKeys has few keys and may have any number of queries, so it packs each block of queries when it is used.
+// An item takes its query heads one after the other, and of a head kAhead blocks of queries at a time, as many as stay in
+// the second-level cache while blocks of keys pass. Sums over queries (dK, dV) and over keys (dQ^T) stay in scratch, added
+// in order of heads and blocks, and so do packed keys, if there is room. (m, l) is (lse, 1) where the rounding of lse does
+// not show in the element type. In float32, or for very large lse, it does, and so does the rounding of O in delta where
+// one key has nearly all the weight: there, maximum, sum and delta = sum_j P dP of every query are formed anew from its
+// scores: the queries meet all their keys twice, and the gradients are made of the scores that the first time has left.
+// Where there is no room for them they are formed twice, two products more.
 
 #include "attention_blocks.h"
 
@@ -114,126 +112,89 @@ struct Blocks {
   int64_t first_seeing(int64_t rank) const { return larger(0, rank - begin) / step; }
 };
 
-// Facts known: blocks of keys pass by the queries of a head.
+// The gradients of an item: kAhead blocks of queries at a time meet all their keys, block by block, once where facts are
+// known or formed of all keys at once, else twice, first for facts.
 template <class T>
-void by_keys(const Context<T>& c) {
+void form_gradients(const Context<T>& c, bool anew, const Normalised& facts) {
   using Op = typename operand<T>::type;
   const AttentionProblem& problem = c.problem;
   const BackwardItem& item = c.item;
   const Scratch<Op>& x = c.scratch;
-  const int64_t key_step = c.all_keys ? item.key_end - item.key_begin : x.key_step, width = x.width;
+  const int64_t width = x.width, step = c.all_keys ? item.key_end - item.key_begin : x.key_step;
   const bool for_queries = item.part != BackwardPart::kKeys, for_keys = item.part != BackwardPart::kQueries;
+  const bool packed = item.key_end - item.key_begin <= x.packed, kept = anew && x.kept;
   const Blocks blocks{item.rank_begin, item.rank_end, x.query_block};
-  const bool in_parts = grouped<Op> && blocks.count() * problem.group() > kTogether;
-  const Keys<Op> from = x.keys_at(0);
-  const Scores scores = x.scores_at(0, 0);
-  for (int64_t h = 0; h < problem.group(); ++h) {
-    const int64_t head = item.kv_head * problem.group() + h;
-    for (int64_t i = 0; i < blocks.count() && for_queries; ++i) {
-      const Queries<Op> of = x.at(problem, i);
-      load_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of);
-      __builtin_memset(of.dqt, 0, x.dim * x.query_block * sizeof(float));
-    }
-    for (int64_t j0 = item.key_begin; j0 < item.key_end; j0 += key_step) {
-      const int64_t keys = smaller(key_step, item.key_end - j0);
-      load_keys(c, j0, keys, for_queries, from);
-      float* const dk = for_keys ? x.dk + (j0 - item.key_begin) * width : nullptr;
-      float* const dv = for_keys ? x.dv + (j0 - item.key_begin) * width : nullptr;
-      const int64_t start = problem.causal ? blocks.first_seeing(c.segment.key_begin + j0 - c.slots) : 0;
-      for (int64_t i = start; i < blocks.count(); ++i) {
-        const Queries<Op> of = x.at(problem, for_queries ? i : 0);
-        const int64_t rank = blocks.rank(i), count = blocks.size(i), columns = round_up(count, kLanes);
-        if (!for_queries) load_queries(c, head, rank, count, true, of);
-        form_scores(x, from, keys, of, columns, scores);
-        const int64_t hidden = hidden_from(c, j0, keys, rank);
-        if (c.all_keys)
-          weigh_all(x, scores, of, keys, columns, hidden, problem.scale);
-        else
-          weigh(x, scores, of, keys, columns, hidden, problem.scale);
-        if (!for_keys || !in_parts) {
-          add_gradients(c, from, keys, count, of, dk, dv, for_queries);
-          continue;
-        }
-        if ((i - start) % kTogether == 0)
-          for (float* const part : {x.dk_part, x.dv_part}) clear_rows(part, keys, c);
-        add_gradients(c, from, keys, count, of, x.dk_part, x.dv_part, for_queries);
-        if ((i - start + 1) % kTogether == 0 || i + 1 == blocks.count()) {
-          add_rows(dk, x.dk_part, keys * width);
-          add_rows(dv, x.dv_part, keys * width);
-        }
-      }
-    }
-    for (int64_t i = 0; i < blocks.count() && for_queries; ++i)
-      write_queries(c, head, blocks.rank(i), blocks.size(i), x.at(problem, i).dqt);
-  }
-}
-
-// Facts formed anew: a few blocks of queries meet all their keys twice, first for facts, then for gradients.
-template <class T>
-void by_queries(const Context<T>& c, bool kept, const Normalised& facts) {
-  using Op = typename operand<T>::type;
-  const AttentionProblem& problem = c.problem;
-  const BackwardItem& item = c.item;
-  const Scratch<Op>& x = c.scratch;
-  const int64_t step = x.key_step, width = x.width;
-  const bool for_keys = item.part == BackwardPart::kAll;
-  const Blocks blocks{item.rank_begin, item.rank_end, x.query_block};
-  const bool in_parts = grouped<Op> && blocks.count() * problem.group() > kTogether;
+  const bool in_parts = for_keys && summed_in_parts(problem) && blocks.count() * problem.group() > kTogether;
+  const auto first_seeing = [&](int64_t key) {
+    return problem.causal ? blocks.first_seeing(c.segment.key_begin + key - c.slots) : 0;
+  };
+  const int64_t first = first_seeing(item.key_begin) / kAhead * kAhead, dq_size = x.dim * x.query_block;
   int64_t loaded = 0;  // blocks of keys that are packed
   for (int64_t h = 0; h < problem.group(); ++h) {
     const int64_t head = item.kv_head * problem.group() + h;
-    for (int64_t i0 = 0; i0 < blocks.count(); i0 += kAhead) {
+    for (int64_t i0 = first; i0 < blocks.count(); i0 += kAhead) {
       const int64_t i1 = smaller(i0 + kAhead, blocks.count());
-      const int64_t last = blocks.rank(i1 - 1) + blocks.size(i1 - 1) - 1, dq_size = x.dim * x.query_block;
-      int64_t seen = item.key_end;
-      if (problem.causal) seen = smaller(seen, seen_keys(c.segment, c.slots, last));
-      const bool dq_in_parts = grouped<Op> && seen > kTogether * step;
+      const int64_t last = blocks.rank(i1 - 1) + blocks.size(i1 - 1) - 1;
+      int64_t end = item.key_end;
+      if (problem.causal) end = smaller(end, seen_keys(c.segment, c.slots, last));
+      const int64_t seen = end - item.key_begin;
+      const bool dq_in_parts = for_queries && summed_in_parts(problem) && seen > kTogether * step;
       const auto of = [&](int64_t i) { return x.at(problem, i - i0); };
       // run(i, block of keys, its first key, keys, first query's rank, queries)
       const auto each_block = [&](auto&& run) {
         for (int64_t j = 0; j * step < seen; ++j) {
-          const int64_t j0 = j * step, keys = smaller(step, item.key_end - j0);
-          if (!kept || j == loaded) {
-            load_keys(c, j0, keys, true, x.keys_at(kept ? j : 0));
+          const int64_t j0 = item.key_begin + j * step, keys = smaller(step, item.key_end - j0);
+          if (!packed || j == loaded) {
+            load_keys(c, j0, keys, for_queries, x.keys_at(packed ? j : 0));
             loaded = j + 1;
           }
-          const int64_t start = problem.causal ? blocks.first_seeing(c.segment.key_begin + j0 - c.slots) : 0;
-          for (int64_t i = larger(i0, start); i < i1; ++i) run(i, j, j0, keys, blocks.rank(i), blocks.size(i));
+          for (int64_t i = larger(i0, first_seeing(j0)); i < i1; ++i)
+            run(i, j, j0, keys, blocks.rank(i), blocks.size(i));
         }
       };
       for (int64_t i = i0; i < i1; ++i) {
-        pack_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of(i));
-        open_facts(of(i));
-        __builtin_memset(of(i).dqt, 0, dq_size * sizeof(float));
+        if (anew) {
+          pack_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of(i));
+          open_facts(of(i));
+        } else {
+          load_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of(i));
+        }
+        if (for_queries) __builtin_memset(of(i).dqt, 0, dq_size * sizeof(float));
         if (dq_in_parts) __builtin_memset(of(i).dqt_parts, 0, dq_size * sizeof(float));
       }
-      each_block([&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count) {
-        const int64_t columns = round_up(count, kLanes);
-        const Scores scores = kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0);
-        form_scores(x, x.keys_at(kept ? j : 0), keys, of(i), columns, scores);
-        add_facts(scores, of(i), x.query_block, keys, columns, hidden_from(c, j0, keys, rank), problem.scale);
-      });
-      for (int64_t i = i0; i < i1; ++i) close_facts(c, head, blocks.rank(i), blocks.size(i), of(i), facts);
-      if (for_keys && in_parts && i0 % kTogether == 0)
-        for (float* const part : {x.dk_part, x.dv_part}) clear_rows(part, item.key_end, c);
+      if (anew) {
+        each_block([&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count) {
+          const int64_t columns = round_up(count, kLanes);
+          const Scores scores = kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0);
+          form_scores(c, x.keys_at(packed ? j : 0), keys, of(i), columns, scores);
+          add_facts<T>(scores, of(i), x.query_block, keys, columns, hidden_from(c, j0, keys, rank), problem.scale);
+        });
+        for (int64_t i = i0; i < i1; ++i) close_facts(c, head, blocks.rank(i), blocks.size(i), of(i), facts);
+      }
+      if (in_parts && (i0 == first || i0 % kTogether == 0))
+        for (float* const part : {x.dk_part, x.dv_part}) clear_rows(part, item.key_end - item.key_begin, c);
       float* const dk = !for_keys ? nullptr : in_parts ? x.dk_part : x.dk;
       float* const dv = !for_keys ? nullptr : in_parts ? x.dv_part : x.dv;
       each_block([&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count) {
-        const int64_t columns = round_up(count, kLanes), at = j0 * width;
-        const Keys<Op> from = x.keys_at(kept ? j : 0);
+        const int64_t columns = round_up(count, kLanes), at = j * step * width;
+        const int64_t hidden = hidden_from(c, j0, keys, rank);
+        const Keys<Op> from = x.keys_at(packed ? j : 0);
         const Scores scores = kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0);
-        if (!kept) form_scores(x, from, keys, of(i), columns, scores);
-        weigh(x, scores, of(i), keys, columns, hidden_from(c, j0, keys, rank), problem.scale);
-        add_gradients(c, from, keys, count, of(i), dk ? dk + at : nullptr, dv ? dv + at : nullptr, true);
+        if (!kept) form_scores(c, from, keys, of(i), columns, scores);
+        if (c.all_keys)
+          weigh_all<T>(x, scores, of(i), keys, columns, hidden, problem.scale);
+        else
+          weigh<T>(x, scores, of(i), keys, columns, hidden, problem.scale);
+        add_gradients(c, from, keys, count, of(i), dk ? dk + at : nullptr, dv ? dv + at : nullptr, for_queries);
         if (!dq_in_parts || (j + 1) % kTogether != 0) return;
         add_rows(of(i).dqt_parts, of(i).dqt, dq_size);
         __builtin_memset(of(i).dqt, 0, dq_size * sizeof(float));
       });
-      for (int64_t i = i0; i < i1; ++i) {
+      for (int64_t i = i0; i < i1 && for_queries; ++i) {
         if (dq_in_parts) add_rows(of(i).dqt, of(i).dqt_parts, dq_size);
         write_queries(c, head, blocks.rank(i), blocks.size(i), of(i).dqt);
       }
-      if (for_keys && in_parts && (i1 % kTogether == 0 || i1 == blocks.count())) {
+      if (in_parts && (i1 % kTogether == 0 || i1 == blocks.count())) {
         add_rows(x.dk, x.dk_part, seen * width);
         add_rows(x.dv, x.dv_part, seen * width);
       }
@@ -254,10 +215,7 @@ void backward(const AttentionProblem& problem, const BackwardItem& item, const B
   if (for_keys)
     for (float* const sums : {scratch.dk, scratch.dv}) clear_rows(sums, item.key_end - item.key_begin, c);
   tiles_begin();
-  if (sizes.anew && !c.all_keys && item.part != BackwardPart::kKeys)
-    by_queries(c, sizes.kept > 0, facts);
-  else
-    by_keys(c);
+  form_gradients(c, sizes.anew && !c.all_keys && item.part != BackwardPart::kKeys, facts);
   tiles_end();
   if (for_keys) write_keys(c);
 }

@@ -14,11 +14,10 @@ constexpr int64_t keys_of(int64_t dim) {
 }
 constexpr int64_t kQueryBlock = 64;
 
-// Sums over queries, and over keys in by_queries, are formed of parts over this many blocks: the rounding of a chain grows
-// with its length. Products of bfloat16 operands are rounded worse.
+// Sums over queries and over keys are formed of parts over this many blocks where it shows that the rounding of a chain
+// grows with its length: results of two bytes are rounded worse.
 constexpr int64_t kTogether = 16;
-template <class Op>
-constexpr bool grouped = reduction<Op>::pair == 1;
+inline bool summed_in_parts(const AttentionProblem& problem) { return problem.element == Element::kFloat32; }
 
 // Blocks of queries that meet all their keys together: groups of them make up the parts of sums.
 constexpr int64_t kAhead = kQueriesAhead / kQueryBlock;
@@ -46,7 +45,7 @@ struct Queries {
     delta = carve.take<float>(block);
     for (float*& x : lost) x = carve.take<float>(block);
     dqt = carve.take<float>(dim * block);
-    dqt_parts = carve.take<float>(grouped<Op> ? dim * block : 0);
+    dqt_parts = carve.take<float>(summed_in_parts(problem) ? dim * block : 0);
   }
 };
 
@@ -70,14 +69,16 @@ struct Scratch {
   int64_t key_block, query_block;  // the most of a block, multiples of 32
   int64_t depth, width;            // padded dim as reduction, as columns
   int64_t dim;
-  int64_t key_step, key_blocks;    // keys of a block that is one of several; such blocks that are kept, with scores
+  int64_t key_step, key_blocks;    // keys of a block that is one of several; such blocks that there is room for
+  int64_t packed;                  // keys that stay packed
+  bool kept;                       // and their scores with kAhead blocks of queries
   Op *k, *v, *kt, *o_columns;      // blocks of Keys; outputs as columns
   // weights and their gradients: rows of keys; gradients again as reduction over keys
   Op *p, *ds, *ds_depth;
   float *s, *dp;  // blocks of Scores
   const void **k_rows, **v_rows, **q_rows, **do_rows, **o_rows;
   float *dk, *dv;            // of all keys of the item
-  float *dk_part, *dv_part;  // over kTogether blocks of queries; of a block of keys, in by_queries of all
+  float *dk_part, *dv_part;  // over kTogether blocks of queries
   char* queries;             // blocks of Queries
   int64_t queries_size;
 
@@ -85,8 +86,10 @@ struct Scratch {
     dim = problem.dim;
     key_block = larger(keys_of<Op>(dim), round_up(sizes.exact, 32)), query_block = kQueryBlock;
     depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
-    key_step = keys_of<Op>(dim), key_blocks = round_up(sizes.kept, key_step) / key_step;
-    const int64_t rows = larger(key_block, key_blocks * key_step), kept = sizes.kept > 0 ? kAhead : 1;
+    key_step = keys_of<Op>(dim), key_blocks = round_up(sizes.packed, key_step) / key_step;
+    packed = sizes.packed, kept = sizes.kept;
+    const int64_t rows = larger(key_block, key_blocks * key_step);
+    const int64_t scores = kept ? kAhead * rows : key_block;
     k = carve.take<Op>(rows * depth);
     v = carve.take<Op>(rows * depth);
     kt = carve.take<Op>(rows * dim);
@@ -94,8 +97,8 @@ struct Scratch {
     p = carve.take<Op>(key_block * query_block);
     ds = carve.take<Op>(key_block * query_block);
     ds_depth = carve.take<Op>(key_block * query_block);
-    s = carve.take<float>(kept * rows * query_block);
-    dp = carve.take<float>(kept * rows * query_block);
+    s = carve.take<float>(scores * query_block);
+    dp = carve.take<float>(scores * query_block);
     k_rows = carve.take<const void*>(key_block);
     v_rows = carve.take<const void*>(key_block);
     q_rows = carve.take<const void*>(query_block);
@@ -103,7 +106,7 @@ struct Scratch {
     o_rows = carve.take<const void*>(query_block);
     dk = carve.take<float>(sizes.keys * width);
     dv = carve.take<float>(sizes.keys * width);
-    const int64_t part_rows = !grouped<Op> ? 0 : sizes.anew ? larger(sizes.keys, key_block) : key_block;
+    const int64_t part_rows = summed_in_parts(problem) ? sizes.keys : 0;
     dk_part = carve.take<float>(part_rows * width);
     dv_part = carve.take<float>(part_rows * width);
     Carve one(nullptr);
@@ -195,12 +198,12 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
       o[t] = static_cast<const T*>(c.input.out) + ((c.segment.batch * p.queries + query) * p.heads + head) * dim;
     }
     pack_columns(o, n, dim, x.o_columns);
-    column_dots(columns, x.depth, to.do_columns, x.o_columns, to.delta);
+    column_dots(columns, x.depth, to.do_columns, x.o_columns, to.delta, chain_of<T>);
   }
   for (int64_t t = 0; t < n; ++t) {
     const int64_t at = fact_at(c, head, rank0 + t);
     const float shift =
-        c.input.factor ? c.input.shift[at] : Weights<typename operand<T>::type>::top_of(c.input.shift[at]);
+        c.input.factor ? c.input.shift[at] : Weights<T>::top_of(c.input.shift[at]);
     // lse is -inf where every score has overflowed: weights are 0
     to.shift[t] = shift == -__builtin_inff() ? 0.0f : shift;
     to.factor[t] = c.input.factor ? c.input.factor[at] : 1.0f;
@@ -212,10 +215,10 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
 }
 
 // Rows of S and dP become P and dS; query t sees row i if t >= first + i.
-template <class Op>
+template <class T, class Op>
 void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
            int64_t first, float scale) {
-  const Vec factor = splat(Weights<Op>::factor_of(scale));
+  const Vec factor = splat(Weights<T>::factor_of(scale));
   const int64_t ld = x.query_block;
   for (int64_t i = 0; i < keys; ++i) {
     const float *const s = from.s + i * ld, *const dp = from.dp + i * ld;
@@ -227,7 +230,7 @@ void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int6
       narrow(ds + t, zeros());
     }
     for (; t < columns; t += kLanes) {
-      Vec weight = mul(weight_of<Op>(load(s + t), factor, load(of.shift + t)), load(of.factor + t));
+      Vec weight = mul(weight_of<T>(load(s + t), factor, load(of.shift + t)), load(of.factor + t));
       Vec slope = mul(weight, sub(load(dp + t), load(of.delta + t)));
       if (t < hidden) {
         weight = keep_first(hidden - t, zeros(), weight);
@@ -257,10 +260,10 @@ struct RowSum {
 
 // As weigh, where these rows are all the keys there are: the softmax and its sums are formed anew, without the rounding
 // of lse and of the outputs, which a gradient that almost cancels would show.
-template <class Op>
+template <class T, class Op>
 void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
                int64_t first, float scale) {
-  const Vec factor = splat(Weights<Op>::factor_of(scale)), least = splat(-__builtin_inff());
+  const Vec factor = splat(Weights<T>::factor_of(scale)), least = splat(-__builtin_inff());
   const int64_t ld = x.query_block;
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
@@ -270,7 +273,7 @@ void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, 
     RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
       float* const s = from.s + i * ld + t;
-      const Vec weight = seen(i, weight_of<Op>(load(s), factor, top), zeros());
+      const Vec weight = seen(i, weight_of<T>(load(s), factor, top), zeros());
       sum.add_row(i, weight);
       store(s, weight);
     }
@@ -307,10 +310,10 @@ void open_facts(const Queries<Op>& of) {
 }
 
 // shift, factor and delta, so far the sums of weights and of weights times dP, take in one more block of keys.
-template <class Op>
+template <class T, class Op>
 void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t keys, int64_t columns, int64_t first,
                float scale) {
-  const Vec least = splat(-__builtin_inff()), by = splat(Weights<Op>::factor_of(scale));
+  const Vec least = splat(-__builtin_inff()), by = splat(Weights<T>::factor_of(scale));
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
     const Vec before = load(of.shift + t);
@@ -319,11 +322,11 @@ void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t ke
     const Vec level = where_equal(top, least, zeros(), top);
     RowSum sum, dot;
     for (int64_t i = 0; i < keys; ++i) {
-      const Vec weight = seen(i, weight_of<Op>(load(from.s + i * ld + t), by, level), zeros());
+      const Vec weight = seen(i, weight_of<T>(load(from.s + i * ld + t), by, level), zeros());
       sum.add_row(i, weight);
       dot.add_row(i, mul(weight, load(from.dp + i * ld + t)));
     }
-    const Vec kept = where_equal(before, least, zeros(), Weights<Op>::power(sub(before, top)));
+    const Vec kept = where_equal(before, least, zeros(), Weights<T>::power(sub(before, top)));
     for (float* const part : {of.factor, of.delta, of.lost[0], of.lost[1]})
       store(part + t, mul(load(part + t), kept));
     add_exactly(of.factor + t, of.lost[0] + t, sum.total());
@@ -375,11 +378,12 @@ void interleave(const Scratch<Op>& x, int64_t keys, int64_t columns) {
 }
 
 // S^T and dP^T of a block of keys and a block of queries.
-template <class Op>
-void form_scores(const Scratch<Op>& x, const Keys<Op>& from, int64_t keys, const Queries<Op>& of, int64_t columns,
-                 const Scores& to) {
-  gemm<false>(keys, columns, x.depth, from.k, x.depth, of.q_columns, to.s, x.query_block);
-  gemm<false>(keys, columns, x.depth, from.v, x.depth, of.do_columns, to.dp, x.query_block);
+template <class T>
+void form_scores(const Context<T>& c, const Keys<typename operand<T>::type>& from, int64_t keys,
+                 const Queries<typename operand<T>::type>& of, int64_t columns, const Scores& to) {
+  const int64_t depth = c.scratch.depth, ld = c.scratch.query_block;
+  gemm<false>(keys, columns, depth, from.k, depth, of.q_columns, to.s, ld, depth, chain_of<T>);
+  gemm<false>(keys, columns, depth, from.v, depth, of.do_columns, to.dp, ld, depth, chain_of<T>);
 }
 
 // Row 0 of the block of keys j0.. is hidden from this many queries, the first of rank rank0; less than one: from none.
@@ -401,12 +405,13 @@ void add_gradients(const Context<T>& c, const Keys<typename operand<T>::type>& f
     narrow(x.ds + i * ld + columns, zeros());
   }
   if (dk) {
-    gemm<true>(keys, x.width, query_depth, x.p, ld, of.do_depth, dv, x.width);
-    gemm<true>(keys, x.width, query_depth, x.ds, ld, of.q_depth, dk, x.width);
+    gemm<true>(keys, x.width, query_depth, x.p, ld, of.do_depth, dv, x.width, query_depth, chain_of<T>);
+    gemm<true>(keys, x.width, query_depth, x.ds, ld, of.q_depth, dk, x.width, query_depth, chain_of<T>);
   }
   if (for_queries) {
+    const int64_t key_depth = round_up(keys, kStep);
     interleave(x, keys, columns);
-    gemm<true>(x.dim, columns, round_up(keys, kStep), from.kt, c.most_keys(), x.ds_depth, of.dqt, ld);
+    gemm<true>(x.dim, columns, key_depth, from.kt, c.most_keys(), x.ds_depth, of.dqt, ld, key_depth, chain_of<T>);
   }
 }
 

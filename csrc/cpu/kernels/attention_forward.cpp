@@ -7,25 +7,28 @@
 #include "../attention.h"
 #include "attention_rows.h"
 #include "partials.h"
+#if defined(HICI_PATH_AMX)
+#include "attention_tiles.h"
+#endif
 
 namespace hici::cpu::HICI_PATH {
 namespace {
 
-// Whether products of one strip of rows run between the exponentials of another: tiles do, beside the vector units.
+// Whether blocks of keys meet rows in tiles (attention_tiles.h).
 #if defined(HICI_PATH_AMX)
 template <class Op>
-constexpr bool kBetween = reduction<Op>::pair == 2;
+constexpr bool kInTiles = reduction<Op>::pair == 2;
 #else
 template <class Op>
-constexpr bool kBetween = false;
+constexpr bool kInTiles = false;
 #endif
 
 // Rows that meet a block of keys together, a multiple of kStrip or of tile rows; rows of a tile, which pay for the packing
 // of its keys. Beside tiles, what moves between caches takes longer than products do (csrc/README.md).
 template <class Op>
-constexpr int64_t kRows = kBetween<Op> ? 32 : 96;
+constexpr int64_t kRows = kInTiles<Op> ? 32 : 96;
 template <class Op>
-constexpr int64_t kTileRows = kBetween<Op> ? 1152 : 288;
+constexpr int64_t kTileRows = kInTiles<Op> ? 1152 : 288;
 
 // All heads of one token at least.
 int64_t tile_rows(const AttentionProblem& problem) {
@@ -46,35 +49,38 @@ struct Strip {
   int64_t first = 0, count = 0;
   int64_t most = 0;   // keys of the block that any of them sees
   int64_t depth = 0;  // of the product of P with V
-  int buffer = 0;     // which S and P
 };
 
 template <class Op>
 struct Scratch {
   int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block (a multiple of 32)
-  Op *q, *k, *v, *p[2];
-  float *s[2], *o, *top, *total, *alpha;
+  Op *q, *k, *v, *p;
+  float *s, *o, *top, *total, *alpha;
   const void **k_rows, **v_rows, **next_k_rows, **next_v_rows;
   int64_t* visible;
-  Strip* strips;
+#if defined(HICI_PATH_AMX)
+  TileStrip* strips;
+#endif
 
   Scratch(const AttentionProblem& problem, const ForwardSizes& sizes, Carve& carve) {
     const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows<Op>);
     depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
     block = smaller(block_keys<Op>(dim), round_up(sizes.keys, 32));
-    q = carve.take<Op>(rows * depth);
+    // tiles take whole ones, of two strips of weights and two blocks of scores; totals stay in lanes
+    const int64_t there = kInTiles<Op> ? round_up(rows, kRows<Op>) : rows;
+    q = carve.take<Op>(there * depth);
     k = carve.take<Op>(block * depth);
     v = carve.take<Op>(block * width);
-    s[0] = carve.take<float>(strip_rows * block);
-    p[0] = carve.take<Op>(strip_rows * block);
-    s[1] = kBetween<Op> ? carve.take<float>(strip_rows * block) : s[0];
-    p[1] = kBetween<Op> ? carve.take<Op>(strip_rows * block) : p[0];
-    o = carve.take<float>(rows * width);
+    s = carve.take<float>(kInTiles<Op> ? 2 * kRows<Op> * kRows<Op> : strip_rows * block);
+    p = carve.take<Op>(kInTiles<Op> ? 2 * kRows<Op> * block : strip_rows * block);
+    o = carve.take<float>(there * width);
     top = carve.take<float>(round_up(rows, kLanes));
-    total = carve.take<float>(round_up(rows, kLanes));
+    total = carve.take<float>(kInTiles<Op> ? rows * kLanes : round_up(rows, kLanes));
     alpha = carve.take<float>(round_up(strip_rows, kLanes));
     visible = carve.take<int64_t>(rows);
-    strips = carve.take<Strip>((rows + kRows<Op> - 1) / kRows<Op>);
+#if defined(HICI_PATH_AMX)
+    strips = carve.take<TileStrip>((rows + kRows<Op> - 1) / kRows<Op>);
+#endif
     k_rows = carve.take<const void*>(block);
     v_rows = carve.take<const void*>(block);
     next_k_rows = carve.take<const void*>(block);
@@ -98,16 +104,15 @@ inline float extreme(const float* s, int64_t n) {
   return Largest ? reduce_max(all) : reduce_min(all);
 }
 
-// S of a strip becomes P; row r sees its first visible[first + r] keys. The rows of O, top and total follow. between(r) is
-// called after each row of exponentials.
-template <class Op, class Between>
-void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const Between& between) {
+// S of a strip becomes P; row r sees its first visible[first + r] keys. The rows of O, top and total follow.
+template <class T, class Op>
+void soften(const Scratch<Op>& scratch, const Strip& strip, float scale) {
   const int64_t first = strip.first, rows = strip.count, n = strip.most, depth = strip.depth;
   const int64_t* const visible = scratch.visible + first;
-  const float* const scores = scratch.s[strip.buffer];
-  Op* const weights = scratch.p[strip.buffer];
+  const float* const scores = scratch.s;
+  Op* const weights = scratch.p;
   float *const top = scratch.top + first, *const total = scratch.total + first, *const alpha = scratch.alpha;
-  const float by = Weights<Op>::factor_of(scale);
+  const float by = Weights<T>::factor_of(scale);
   const Vec factor = splat(by);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t seen = smaller(visible[r], n);
@@ -124,7 +129,7 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
     const Vec before = load(top + r), after = load(alpha + r), one = splat(1.0f);
     store(top + r, after);
     // a row that has seen nothing yet: its sums are 0, and -inf - -inf is not a number
-    const Vec kept = where_equal(before, splat(-__builtin_inff()), one, Weights<Op>::power(sub(before, after)));
+    const Vec kept = where_equal(before, splat(-__builtin_inff()), one, Weights<T>::power(sub(before, after)));
     store(alpha + r, kept);
     moved |= any_differs(kept, one);
   }
@@ -146,74 +151,33 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, const B
     Vec sum = zeros();
     int64_t j = 0;
     for (; j + kLanes <= seen; j += kLanes) {
-      const Vec weight = weight_of<Op>(load(s + j), factor, shift);
+      const Vec weight = weight_of<T>(load(s + j), factor, shift);
       sum = add(sum, weight);
       narrow(p + j, weight);
     }
     if (j < seen) {
-      const Vec weight = keep_first(seen - j, weight_of<Op>(load(s + j), factor, shift), zeros());
+      const Vec weight = keep_first(seen - j, weight_of<T>(load(s + j), factor, shift), zeros());
       sum = add(sum, weight);
       narrow_part(p + j, weight, smaller(kLanes, depth - j));
       j += kLanes;
     }
     if (j < depth) __builtin_memset(p + j, 0, (depth - j) * sizeof(Op));
     total[r] += reduce_add(sum);
-    between(r);
   }
 }
 
-// What a block of keys does to a tile's rows, strip by strip.
-template <class Op>
-class BlockOfKeys {
- public:
-  // n keys are packed in scratch
-  BlockOfKeys(const Scratch<Op>& scratch, int64_t n, float scale)
-      : x_(scratch), columns_(round_up(n, kLanes)), depth_(round_up(n, reduction<Op>::step)), scale_(scale) {}
-
-  void meet(const Strip& strip) const {
-    gemm<false>(scores(strip));
-    soften(x_, strip, scale_, [](int64_t) {});
-    gemm<true>(values(strip));
-  }
-
-#if defined(HICI_PATH_AMX)
-  // As meet() for each strip in turn, to the same bits: while the exponentials of one are formed, tiles form the scores of
-  // the next one and add the values of the one before, evenly spread over its rows.
-  void meet_all(const Strip* strips, int64_t count) const {
-    if (count > 0) gemm<false>(scores(strips[0]));
-    for (int64_t i = 0; i < count; ++i) {
-      const Product<Op> before = values(i > 0 ? strips[i - 1] : Strip{});
-      const Product<Op> after = scores(i + 1 < count ? strips[i + 1] : Strip{});
-      TileSteps<true> first(before);
-      TileSteps<false> second(after);
-      const int64_t steps = first.count() + second.count(), rows = strips[i].count;
-      int64_t done = 0;
-      soften(x_, strips[i], scale_, [&](int64_t row) {
-        for (; done * rows < steps * (row + 1); ++done)
-          if (!first.step()) second.step();
-      });
-      gemm_rest<true>(before);
-      gemm_rest<false>(after);
-    }
-    if (count > 0) gemm<true>(values(strips[count - 1]));
-  }
-#endif
-
- private:
-  Product<Op> scores(const Strip& strip) const {
-    const int64_t columns = smaller(columns_, round_up(strip.most, kPanel));
-    const Op* const rows = x_.q + strip.first * x_.depth;
-    return {strip.count, columns, x_.depth, rows, x_.depth, x_.k, x_.s[strip.buffer], x_.block, x_.depth};
-  }
-  Product<Op> values(const Strip& strip) const {
-    float* const rows = x_.o + strip.first * x_.width;
-    return {strip.count, x_.width, strip.depth, x_.p[strip.buffer], strip.depth, x_.v, rows, x_.width, depth_};
-  }
-
-  const Scratch<Op>& x_;
-  const int64_t columns_, depth_;
-  const float scale_;
-};
+// What a block of n keys, packed in scratch, does to a strip of rows.
+template <class T>
+void meet(const Scratch<typename operand<T>::type>& x, int64_t n, const Strip& strip, float scale) {
+  using Op = typename operand<T>::type;
+  const int64_t columns = smaller(round_up(n, kLanes), round_up(strip.most, kPanel));
+  const Op* const q = x.q + strip.first * x.depth;
+  float* const o = x.o + strip.first * x.width;
+  gemm<false>(strip.count, columns, x.depth, q, x.depth, x.k, x.s, x.block, x.depth, chain_of<T>);
+  soften<T>(x, strip, scale);
+  gemm<true>(strip.count, x.width, strip.depth, x.p, strip.depth, x.v, o, x.width, round_up(n, reduction<Op>::step),
+             chain_of<T>);
+}
 
 template <class T>
 void forward(const AttentionProblem& problem, const ForwardItem& item, const ForwardOutput& output,
@@ -233,7 +197,13 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
       pack_rows(&from, 1, problem.dim, depth, scratch.q + (h * tokens + t) * depth);
     }
   __builtin_memset(scratch.o, 0, rows * width * sizeof(float));
-  for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = -__builtin_inff(), scratch.total[r] = 0;
+  for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = -__builtin_inff();
+  if constexpr (kInTiles<Op>) {
+    __builtin_memset(scratch.total, 0, rows * kLanes * sizeof(float));
+    __builtin_memset(scratch.q + rows * depth, 0, (round_up(rows, kRows<Op>) - rows) * depth * sizeof(Op));
+  } else {
+    __builtin_memset(scratch.total, 0, round_up(rows, kLanes) * sizeof(float));
+  }
 
   const T** k_rows = reinterpret_cast<const T**>(scratch.k_rows);
   const T** v_rows = reinterpret_cast<const T**>(scratch.v_rows);
@@ -253,40 +223,49 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     // the next block's keys while values are
     pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, n);
     pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
-    const BlockOfKeys<Op> block(scratch, n, problem.scale);
-    int64_t strips = 0;
+    [[maybe_unused]] int64_t strips = 0;
     for (int64_t first = 0; first < rows; first += kRows<Op>) {
       const int64_t count = smaller(kRows<Op>, rows - first);
       int64_t most = 0;
-      for (int64_t r = first; r < first + count; ++r) {
-        const int64_t rank = item.rank_begin + r % tokens;
-        scratch.visible[r] = problem.causal ? larger(0, smaller(n, seen_keys(segment, slots, rank) - j0)) : n;
+      for (int64_t r = first, t = first % tokens; r < first + count; ++r, t = t + 1 < tokens ? t + 1 : 0) {
+        const int64_t seen = seen_keys(segment, slots, item.rank_begin + t) - j0;
+        scratch.visible[r] = problem.causal ? larger(0, smaller(n, seen)) : n;
         most = larger(most, scratch.visible[r]);
       }
       if (most == 0) continue;
-      const Strip strip{first, count, most, round_up(most, reduction<Op>::step), static_cast<int>(strips % 2)};
-      if constexpr (!kBetween<Op>) block.meet(strip);
-      scratch.strips[strips++] = strip;
+#if defined(HICI_PATH_AMX)
+      if constexpr (kInTiles<Op>) {
+        scratch.strips[strips++] = {first, count, most};
+        continue;
+      }
+#endif
+      meet<T>(scratch, n, {first, count, most, round_up(most, reduction<Op>::step)}, problem.scale);
     }
 #if defined(HICI_PATH_AMX)
-    if constexpr (kBetween<Op>) block.meet_all(scratch.strips, strips);
+    if constexpr (kInTiles<Op>) {
+      const TileRows all{scratch.q, scratch.o, scratch.total, scratch.top, scratch.visible, depth, width};
+      BlockInTiles<T>(all, scratch.k, scratch.v, n, problem.scale, scratch.p, scratch.s).meet(scratch.strips, strips);
+    }
 #endif
     swap(k_rows, next_k_rows);
     swap(v_rows, next_v_rows);
   }
   tiles_end();
 
+  const auto total = [&](int64_t r) {
+    return kInTiles<Op> ? reduce_add(load(scratch.total + r * kLanes)) : scratch.total[r];
+  };
   if (item.partial >= 0) {
     float* to = output.partials + item.partial * sizes.rows * (width + 2);
     for (int64_t r = 0; r < rows; ++r, to += width + 2) {
       __builtin_memcpy(to, scratch.o + r * width, width * sizeof(float));
-      to[width] = scratch.total[r], to[width + 1] = static_cast<float>(Weights<Op>::level_of(scratch.top[r]));
+      to[width] = total(r), to[width + 1] = static_cast<float>(Weights<T>::level_of(scratch.top[r]));
     }
     return;
   }
   for (int64_t r = 0; r < rows; ++r)
     finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, scratch.o + r * width,
-              scratch.total[r], Weights<Op>::level_of(scratch.top[r]), output);
+              total(r), Weights<T>::level_of(scratch.top[r]), output);
 }
 
 template <class T>

@@ -75,9 +75,9 @@ inline void finish(const AttentionProblem& problem, const AttentionSegment& segm
   output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
 }
 
-// How scores become weights e^(scale * score - top). Inside a kernel tops are in the units of factor_of(scale); levels, like
+// How scores of an attention over elements of type T become weights e^(scale * score - top). Inside a kernel tops are in the units of factor_of(scale); levels, like
 // lse, are in units of e.
-template <class Op>
+template <class T>
 struct Weights {
   static float factor_of(float scale) { return scale; }
   static float top_of(float level) { return level; }
@@ -85,24 +85,27 @@ struct Weights {
   static Vec power(Vec x) { return exp(x); }
 };
 
-#if defined(HICI_PATH_AVX512_BF16)
-// In powers of 2, with scale and log2(e) in one factor and a third of the instructions saved. Only where weights keep 8
-// bits: the rounding of that factor shows in gradients of float32, and scales like 1/8 would no longer be exact.
-template <>
-struct Weights<bfloat16> {
+#if defined(HICI_PATH_AVX512)
+// In powers of 2, with scale and log2(e) in one factor and a third of the instructions saved. Only where results have two
+// bytes: the rounding of that factor shows in gradients of float32, and scales like 1/8 would no longer be exact.
+struct PowersOfTwo {
   static constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
   static float factor_of(float scale) { return static_cast<float>(scale * kLog2E); }
   static float top_of(float level) { return static_cast<float>(level * kLog2E); }
   static double level_of(float top) { return top * kLn2; }
   static Vec power(Vec x) { return exp2(x); }
 };
+template <>
+struct Weights<bfloat16> : PowersOfTwo {};
+template <>
+struct Weights<float16> : PowersOfTwo {};
 #endif
 
 // The product is rounded before top, another such product, is taken from it: of scores beyond 2^23 the largest would not
 // be 0 otherwise.
-template <class Op>
+template <class T>
 inline Vec weight_of(Vec score, Vec factor, Vec top) {
-  return Weights<Op>::power(sub(mul(score, factor), top));
+  return Weights<T>::power(sub(mul(score, factor), top));
 }
 
 }  // namespace hici::cpu::HICI_PATH

@@ -6,7 +6,8 @@
 // (k, j) of a B with n columns lies at packed_at<Op>(k_total, n, k, j).
 //
 // Each element of C is a sum of chains of additions in order of k, cut in the same places whatever m and n are: of float
-// products every kChain, since the rounding of a chain grows with its length; products of bfloat16 are rounded worse.
+// products every kChain, since the rounding of a chain grows with its length. Where what comes of them has two bytes they
+// are not cut (chain_of): it is rounded worse, as products of bfloat16 are.
 #pragma once
 
 #include "vector.h"
@@ -23,6 +24,9 @@ constexpr int kPanelVectors = 2, kStrip = 6;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int64_t kChain = 32;
+// Chains of products for results of type T.
+template <class T>
+constexpr int64_t chain_of = sizeof(T) == 4 ? kChain : int64_t{1} << 40;
 
 // What products of tensors of type T are computed from.
 template <class T>
@@ -60,10 +64,10 @@ inline int64_t packed_at(int64_t k_total, int64_t n, int64_t k, int64_t j) {
 }
 
 template <int MR, int NV, bool Accumulate>
-inline void strip(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+inline void strip(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t chain) {
   bool onto = Accumulate;
   for (int64_t t = 0; t < k; onto = true) {
-    const int64_t end = smaller(k, t + kChain);
+    const int64_t end = smaller(k, t + chain);
     Vec sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
@@ -92,7 +96,7 @@ inline void strip(int64_t k, const float* a, int64_t lda, const float* b, float*
 
 #if defined(HICI_PATH_AVX512_BF16)
 template <int MR, int NV, bool Accumulate>
-inline void strip(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, float* c, int64_t ldc) {
+inline void strip(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, float* c, int64_t ldc, int64_t) {
   Vec sum[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -123,21 +127,21 @@ inline void strip(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, 
 #endif
 
 template <int NV, bool Accumulate, class Op>
-inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc) {
+inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc, int64_t chain) {
   int64_t i = 0;
-  for (; i + kStrip <= m; i += kStrip) strip<kStrip, NV, Accumulate>(k, a + i * lda, lda, b, c + i * ldc, ldc);
+  for (; i + kStrip <= m; i += kStrip) strip<kStrip, NV, Accumulate>(k, a + i * lda, lda, b, c + i * ldc, ldc, chain);
   a += i * lda, c += i * ldc;
   switch (m - i) {
     case 5:
-      return strip<5, NV, Accumulate>(k, a, lda, b, c, ldc);
+      return strip<5, NV, Accumulate>(k, a, lda, b, c, ldc, chain);
     case 4:
-      return strip<4, NV, Accumulate>(k, a, lda, b, c, ldc);
+      return strip<4, NV, Accumulate>(k, a, lda, b, c, ldc, chain);
     case 3:
-      return strip<3, NV, Accumulate>(k, a, lda, b, c, ldc);
+      return strip<3, NV, Accumulate>(k, a, lda, b, c, ldc, chain);
     case 2:
-      return strip<2, NV, Accumulate>(k, a, lda, b, c, ldc);
+      return strip<2, NV, Accumulate>(k, a, lda, b, c, ldc, chain);
     case 1:
-      return strip<1, NV, Accumulate>(k, a, lda, b, c, ldc);
+      return strip<1, NV, Accumulate>(k, a, lda, b, c, ldc, chain);
     default:
       return;
   }
@@ -145,18 +149,18 @@ inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, f
 
 template <bool Accumulate, class Op>
 inline void panel_of(int64_t columns, int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c,
-                     int64_t ldc) {
+                     int64_t ldc, int64_t chain) {
   switch (columns / kLanes) {
 #if defined(HICI_PATH_AVX512)
     case 4:
-      return panel<4, Accumulate>(m, k, a, lda, b, c, ldc);
+      return panel<4, Accumulate>(m, k, a, lda, b, c, ldc, chain);
     case 3:
-      return panel<3, Accumulate>(m, k, a, lda, b, c, ldc);
+      return panel<3, Accumulate>(m, k, a, lda, b, c, ldc, chain);
 #endif
     case 2:
-      return panel<2, Accumulate>(m, k, a, lda, b, c, ldc);
+      return panel<2, Accumulate>(m, k, a, lda, b, c, ldc, chain);
     default:
-      return panel<1, Accumulate>(m, k, a, lda, b, c, ldc);
+      return panel<1, Accumulate>(m, k, a, lda, b, c, ldc, chain);
   }
 }
 
@@ -170,6 +174,7 @@ struct Product {
   const Op* b;
   float* c;
   int64_t ldc, k_total;
+  int64_t chain = kChain;
 
   // the others are computed as on the path without tiles
   int64_t rows_in_tiles() const {
@@ -181,40 +186,29 @@ struct Product {
 };
 
 #if defined(HICI_PATH_AMX)
-// The tiles of a product, one block of 2 x 2 of them a step. They work beside the vector units: steps taken between other
-// work cost little of their own, steps in a row keep only the tiles busy.
+// The rows that are in tiles, by blocks of 2 x 2.
 template <bool Accumulate>
-class TileSteps {
- public:
-  explicit TileSteps(const Product<bfloat16>& product) : p_(product), rows_(product.rows_in_tiles()) {}
-
-  int64_t count() const { return (rows_ + 31) / 32 * ((p_.n + 31) / 32); }
-  // the next one; false if there is none
-  bool step() {
-    if (rows_ == 0 || j_ >= p_.n) return false;
-    const int64_t start = j_ / kPanel * kPanel, ldb = 2 * smaller(kPanel, p_.n - start);  // elements per row of pairs
-    const bfloat16* const a = p_.a + i_ * p_.lda;
-    const bfloat16* const b = p_.b + start * p_.k_total + 2 * (j_ - start);
-    float* const c = p_.c + i_ * p_.ldc + j_;
-    const bool tall = i_ + 32 <= rows_, wide = j_ + 32 <= p_.n;
-    if (tall && wide)
-      tile_block<2, 2, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
-    else if (tall)
-      tile_block<2, 1, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
-    else if (wide)
-      tile_block<1, 2, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
-    else
-      tile_block<1, 1, Accumulate>(p_.k, a, p_.lda, b, ldb, c, p_.ldc);
-    i_ += 32;
-    if (i_ >= rows_) i_ = 0, j_ += 32;
-    return true;
+inline void gemm_tiles(const Product<bfloat16>& p) {
+  const int64_t rows = p.rows_in_tiles();
+  for (int64_t j = 0; j < p.n; j += 32) {
+    const int64_t start = j / kPanel * kPanel, ldb = 2 * smaller(kPanel, p.n - start);  // elements per row of pairs
+    const bfloat16* const b = p.b + start * p.k_total + 2 * (j - start);
+    const bool wide = j + 32 <= p.n;
+    for (int64_t i = 0; i < rows; i += 32) {
+      const bfloat16* const a = p.a + i * p.lda;
+      float* const c = p.c + i * p.ldc + j;
+      const bool tall = i + 32 <= rows;
+      if (tall && wide)
+        tile_block<2, 2, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
+      else if (tall)
+        tile_block<2, 1, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
+      else if (wide)
+        tile_block<1, 2, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
+      else
+        tile_block<1, 1, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
+    }
   }
-
- private:
-  const Product<bfloat16> p_;
-  const int64_t rows_;
-  int64_t i_ = 0, j_ = 0;
-};
+}
 #endif
 
 // The rows that are not in tiles.
@@ -224,26 +218,22 @@ inline void gemm_rest(const Product<Op>& p) {
   if (done == p.m) return;
   for (int64_t j = 0; j < p.n; j += kPanel)
     panel_of<Accumulate>(smaller(kPanel, p.n - j), p.m - done, p.k, p.a + done * p.lda, p.lda, p.b + j * p.k_total,
-                         p.c + done * p.ldc + j, p.ldc);
+                         p.c + done * p.ldc + j, p.ldc, p.chain);
 }
 
 // Between tiles_begin() and tiles_end().
 template <bool Accumulate, class Op>
 inline void gemm(const Product<Op>& p) {
 #if defined(HICI_PATH_AMX)
-  if constexpr (reduction<Op>::pair == 2) {
-    TileSteps<Accumulate> steps(p);
-    while (steps.step()) {
-    }
-  }
+  if constexpr (reduction<Op>::pair == 2) gemm_tiles<Accumulate>(p);
 #endif
   gemm_rest<Accumulate>(p);
 }
 
 template <bool Accumulate, class Op>
 inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc,
-                 int64_t k_total) {
-  gemm<Accumulate>(Product<Op>{m, n, k, a, lda, b, c, ldc, k_total});
+                 int64_t k_total, int64_t chain = kChain) {
+  gemm<Accumulate>(Product<Op>{m, n, k, a, lda, b, c, ldc, k_total, chain});
 }
 
 template <bool Accumulate, class Op>
@@ -254,15 +244,15 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, cons
 // sum_k A(k, j) B(k, j) for every column j of two packed matrices, added in the order in which gemm adds: where a row of
 // A equals column j of one operand, the result equals gemm's to the bit.
 template <class Op>
-inline void column_dots(int64_t n, int64_t k, const Op* a, const Op* b, float* out) {
+inline void column_dots(int64_t n, int64_t k, const Op* a, const Op* b, float* out, int64_t chain_length) {
   for (int64_t p = 0; p < n; p += kPanel, a += kPanel * k, b += kPanel * k) {
     const int64_t columns = smaller(kPanel, n - p);
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec total = zeros();
       if constexpr (reduction<Op>::pair == 1) {
-        for (int64_t t = 0; t < k; t += kChain) {
+        for (int64_t t = 0; t < k; t += chain_length) {
           Vec chain = zeros();
-          for (int64_t u = t; u < smaller(k, t + kChain); ++u)
+          for (int64_t u = t; u < smaller(k, t + chain_length); ++u)
             chain = fma(load(a + u * columns + j), load(b + u * columns + j), chain);
           total = t == 0 ? chain : add(total, chain);
         }

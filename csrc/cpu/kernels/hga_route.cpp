@@ -116,7 +116,7 @@ struct Router {
     pack_columns(from, n, p.dim, keys, ahead, ahead_count);
     const Op* b = keys;
     for (int64_t j = 0; j < columns; j += kPanel, b += kPanel * depth)
-      panel_of<false>(smaller(kPanel, columns - j), count * r, depth, q, depth, b, s + j, kBlock);
+      panel_of<false>(smaller(kPanel, columns - j), count * r, depth, q, depth, b, s + j, kBlock, kChain);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t l = 0; l < lanes; ++l)
         for (int64_t j = 0; j < columns; j += kLanes) {

@@ -122,41 +122,56 @@ inline void tile_product() {
 
 #endif
 
-// Registers: 0-3 sums of 2 x 2 tiles, 4-5 rows of A, 6-7 columns of B: each loaded tile is used twice.
+// A block of up to 2 x 2 tiles of C. Registers: 0-3 sums, 4-5 rows of A, 6-7 columns of B: each loaded tile is used twice.
 template <int ROWS, int COLUMNS, bool Accumulate>
-inline void tile_block(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb, float* c,
-                       int64_t ldc) {
-  const int64_t c_row = ldc * 4, a_row = lda * 2, b_row = ldb * 2;
+inline void tile_open(const float* c, int64_t ldc) {
+  const int64_t row = ldc * 4;
   if constexpr (Accumulate) {
-    tile_load<0>(c, c_row);
-    if constexpr (COLUMNS == 2) tile_load<1>(c + 16, c_row);
-    if constexpr (ROWS == 2) tile_load<2>(c + 16 * ldc, c_row);
-    if constexpr (ROWS == 2 && COLUMNS == 2) tile_load<3>(c + 16 * ldc + 16, c_row);
+    tile_load<0>(c, row);
+    if constexpr (COLUMNS == 2) tile_load<1>(c + 16, row);
+    if constexpr (ROWS == 2) tile_load<2>(c + 16 * ldc, row);
+    if constexpr (ROWS == 2 && COLUMNS == 2) tile_load<3>(c + 16 * ldc + 16, row);
   } else {
     tile_zero<0>();
     if constexpr (COLUMNS == 2) tile_zero<1>();
     if constexpr (ROWS == 2) tile_zero<2>();
     if constexpr (ROWS == 2 && COLUMNS == 2) tile_zero<3>();
   }
-  for (int64_t t = 0; t < k; t += 32) {
-    const bfloat16* const right = b + (t / 2) * ldb;
-    tile_load<6>(right, b_row);
-    tile_load<4>(a + t, a_row);
-    tile_product<0, 4, 6>();
-    if constexpr (ROWS == 2) {
-      tile_load<5>(a + 16 * lda + t, a_row);
-      tile_product<2, 5, 6>();
-    }
-    if constexpr (COLUMNS == 2) {
-      tile_load<7>(right + 32, b_row);
-      tile_product<1, 4, 7>();
-    }
-    if constexpr (ROWS == 2 && COLUMNS == 2) tile_product<3, 5, 7>();
+}
+
+// 32 steps of the reduction
+template <int ROWS, int COLUMNS>
+inline void tile_step(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb) {
+  const int64_t a_row = lda * 2, b_row = ldb * 2;
+  tile_load<6>(b, b_row);
+  tile_load<4>(a, a_row);
+  tile_product<0, 4, 6>();
+  if constexpr (ROWS == 2) {
+    tile_load<5>(a + 16 * lda, a_row);
+    tile_product<2, 5, 6>();
   }
-  tile_store<0>(c, c_row);
-  if constexpr (COLUMNS == 2) tile_store<1>(c + 16, c_row);
-  if constexpr (ROWS == 2) tile_store<2>(c + 16 * ldc, c_row);
-  if constexpr (ROWS == 2 && COLUMNS == 2) tile_store<3>(c + 16 * ldc + 16, c_row);
+  if constexpr (COLUMNS == 2) {
+    tile_load<7>(b + 32, b_row);
+    tile_product<1, 4, 7>();
+  }
+  if constexpr (ROWS == 2 && COLUMNS == 2) tile_product<3, 5, 7>();
+}
+
+template <int ROWS, int COLUMNS>
+inline void tile_close(float* c, int64_t ldc) {
+  const int64_t row = ldc * 4;
+  tile_store<0>(c, row);
+  if constexpr (COLUMNS == 2) tile_store<1>(c + 16, row);
+  if constexpr (ROWS == 2) tile_store<2>(c + 16 * ldc, row);
+  if constexpr (ROWS == 2 && COLUMNS == 2) tile_store<3>(c + 16 * ldc + 16, row);
+}
+
+template <int ROWS, int COLUMNS, bool Accumulate>
+inline void tile_block(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb, float* c,
+                       int64_t ldc) {
+  tile_open<ROWS, COLUMNS, Accumulate>(c, ldc);
+  for (int64_t t = 0; t < k; t += 32) tile_step<ROWS, COLUMNS>(a + t, lda, b + t / 2 * ldb, ldb);
+  tile_close<ROWS, COLUMNS>(c, ldc);
 }
 
 }  // namespace hici::cpu::HICI_PATH

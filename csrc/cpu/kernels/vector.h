@@ -178,9 +178,9 @@ inline Vec exp(Vec x) {
   return scale_by_power(y, n);
 }
 
-#if defined(HICI_PATH_AVX512_BF16)
+#if defined(HICI_PATH_AVX512)
 // 2^t for t up to 127; 0 where that is below every float; NaN stays NaN. Relative error below 2^-22, of the polynomial
-// 8e-8; 1 for 0. For weights that are rounded to bfloat16, so where its products are.
+// 8e-8; 1 for 0. For weights of results of two bytes.
 inline Vec exp2(Vec t) {
   // what t is above the integer below it, 0 if infinite; the last step takes that integer of t itself
   const Vec r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

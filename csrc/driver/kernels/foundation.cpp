@@ -172,6 +172,7 @@ void check_product(Random& random) {
   const int64_t n = random.chance(0.5) ? n_all : n_all / kPanel ? random.within(1, n_all / kPanel) * kPanel : n_all;
   const int64_t lda = k + random.below(5), ldc = n + random.below(9);
   const bool onto = random.chance(0.5);
+  const int64_t chain = random.chance(0.5) ? chain_of<float> : chain_of<bfloat16>;
   Array<Op> a((m - 1) * lda + k), b(n_all * k_all);
   Array<float> c((m - 1) * ldc + n), before((m - 1) * ldc + n);
   fill(random, a.data(), (m - 1) * lda + k);
@@ -180,9 +181,9 @@ void check_product(Random& random) {
   __builtin_memcpy(c.data(), before.data(), ((m - 1) * ldc + n) * sizeof(float));
   tiles_begin();
   if (onto)
-    gemm<true>(m, n, k, a.data(), lda, b.data(), c.data(), ldc, k_all);
+    gemm<true>(m, n, k, a.data(), lda, b.data(), c.data(), ldc, k_all, chain);
   else
-    gemm<false>(m, n, k, a.data(), lda, b.data(), c.data(), ldc, k_all);
+    gemm<false>(m, n, k, a.data(), lda, b.data(), c.data(), ldc, k_all, chain);
   tiles_end();
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < (i + 1 < m ? ldc : n); ++j) {
@@ -212,12 +213,13 @@ void check_column_dots(Random& random) {
   Array<float> found(n), c(m * n);
   fill(random, a.data(), n * k);
   fill(random, b.data(), n * k);
-  column_dots(n, k, a.data(), b.data(), found.data());
+  const int64_t chain = random.chance(0.5) ? chain_of<float> : chain_of<bfloat16>;
+  column_dots(n, k, a.data(), b.data(), found.data(), chain);
   // row i of `rows` is column i % n of a
   for (int64_t i = 0; i < m; ++i)
     for (int64_t t = 0; t < k; ++t) rows[i * k + t] = a[packed_at<Op>(k, n, t, i % n)];
   tiles_begin();
-  gemm<false>(m, n, k, rows.data(), k, b.data(), c.data(), n);
+  gemm<false>(m, n, k, rows.data(), k, b.data(), c.data(), n, k, chain);
   tiles_end();
   for (int64_t j = 0; j < n; ++j) {
     double sum = 0, size = 0;
