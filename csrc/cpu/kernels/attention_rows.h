@@ -75,8 +75,8 @@ inline void finish(const AttentionProblem& problem, const AttentionSegment& segm
   output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);
 }
 
-// How scores of an attention over elements of type T become weights e^(scale * score - top). Inside a kernel tops are in the units of factor_of(scale); levels, like
-// lse, are in units of e.
+// How scores of an attention over elements of type T become weights e^(scale * score - top). Inside a kernel tops are in the
+// units of factor_of(scale); levels, like lse, are in units of e.
 template <class T>
 struct Weights {
   static float factor_of(float scale) { return scale; }

@@ -1,9 +1,9 @@
 // attention, forward, on tiles: what a block of keys does to a tile of rows.
 //
 // Scores are formed for 32 rows and 32 keys at a time, four tiles, and become weights at once, so that they are never in
-// more than the first cache. A row's weights are taken at a level that moves only when a score is kTileLag above it, and
-// then to an integer: what the row has summed, and the weights that wait for their values, are scaled by a power of two,
-// exactly.
+// more than the first cache. A row's weights, powers of 2, are taken at a level that moves only when a score is kTileLag
+// above it, and then to an integer: what the row has summed, and the weights that wait for their values, are scaled by a
+// power of two, exactly.
 //
 // Tiles work beside the vector units, as far as a processor looks ahead. So while weights of some keys are formed, a row at
 // a time, tiles form the scores of the next ones and add up the values of the rows before, a few products at a time.
@@ -18,11 +18,11 @@ constexpr float kTileLag = 8.0f;   // weights up to 2^8: float32 sums lose nothi
 
 // Rows of a tile that meet a block of keys together.
 struct TileStrip {
-  int64_t first, count;  // rows, up to kTileEdge; memory is there for kTileEdge
+  int64_t first, count;  // rows, up to kTileEdge
   int64_t most;          // keys of the block that any of them sees
 };
 
-// Rows of a tile, kTileEdge of them more than a multiple of it at most, which are zero in q.
+// Rows of a tile. q and o have memory for a multiple of kTileEdge of them; those beyond are zero in q.
 struct TileRows {
   const bfloat16* q;
   float *o, *total, *top;  // sums of values; of weights, in lanes; levels
