@@ -30,6 +30,10 @@ constexpr int64_t kRows = kInTiles<Op> ? 32 : 96;
 template <class Op>
 constexpr int64_t kTileRows = kInTiles<Op> ? 1152 : 288;
 
+#if defined(HICI_PATH_AMX)
+static_assert(kRows<bfloat16> == kTileEdge && kTileRows<bfloat16> / 3 * 2 % kTileEdge == 0, "");
+#endif
+
 // All heads of one token at least.
 int64_t tile_rows(const AttentionProblem& problem) {
   return with_element(problem.element, [&](auto zero) {
