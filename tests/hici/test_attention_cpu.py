@@ -355,6 +355,22 @@ def test_bits_do_not_depend_on_threads_or_repetition(path: str, dtype: torch.dty
 
 
 @each_path
+@pytest.mark.parametrize("dtype", LOW)
+def test_bits_do_not_depend_on_the_size_of_tiles(path: str, dtype: torch.dtype) -> None:
+    """Calls of many rows are cut into tiles of twice the size; every row of the batch is as if it were alone."""
+    tensors, options = big(dtype, 4, s=3000, d=8, hkv=2, r=16)
+    heads, tokens = tensors["q"].shape[2], tensors["q"].shape[1]
+    assert 2 * tokens * heads >= 512 * 288 > tokens * heads  # kManyTiles, kTileRows of attention_forward.cpp
+    options["attention_mask"] = None
+    with _native.path(path):
+        out, lse = attention(**tensors, **options, return_lse=True, impl="cpu")
+        for b in range(2):
+            alone = {name: x[b : b + 1] for name, x in tensors.items()}
+            wanted, wanted_lse = attention(**alone, **options, return_lse=True, impl="cpu")
+            assert torch.equal(out[b : b + 1], wanted) and torch.equal(lse[b : b + 1], wanted_lse)
+
+
+@each_path
 @pytest.mark.parametrize("seed", range(12))
 def test_later_tokens_do_not_reach_earlier_queries(path: str, seed: int) -> None:
     """Changing every value after a column changes no bit up to it."""

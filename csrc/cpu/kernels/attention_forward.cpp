@@ -26,11 +26,19 @@ constexpr bool kInTiles = false;
 // Rows that meet a block of keys together, a multiple of kStrip or of tile rows; rows of a tile, which pay for the packing
 // of its keys. Beside tiles, what moves between caches takes longer than products do (csrc/README.md).
 template <class Op>
-constexpr int64_t kRows = kInTiles<Op> ? 32 : 96;
+constexpr int64_t kRows = kInTiles<Op> ? 32 : 48;
 template <class Op>
 constexpr int64_t kTileRows = kInTiles<Op> ? 1152 : 288;
+// How far ahead tokens are asked for while queries are copied.
+constexpr int64_t kTokensAhead = 8;
+// Tiles from which on half as many, of twice the rows, are enough for the cores of a large machine.
+constexpr int64_t kManyTiles = 512;
 
+template <class Op>
+constexpr float level_of_nothing = -__builtin_inff();
 #if defined(HICI_PATH_AMX)
+template <>
+constexpr float level_of_nothing<bfloat16> = kNoLevel;
 static_assert(kRows<bfloat16> == kTileEdge && kTileRows<bfloat16> / 3 * 2 % kTileEdge == 0, "");
 #endif
 
@@ -38,7 +46,11 @@ static_assert(kRows<bfloat16> == kTileEdge && kTileRows<bfloat16> / 3 * 2 % kTil
 int64_t tile_rows(const AttentionProblem& problem) {
   return with_element(problem.element, [&](auto zero) {
     using Op = typename operand<decltype(zero)>::type;
-    return larger(problem.dim <= 128 ? kTileRows<Op> : kTileRows<Op> / 3 * 2, round_up(problem.group(), kRows<Op>));
+    const bool narrow_heads = problem.dim <= 128;
+    const int64_t rows = narrow_heads ? kTileRows<Op> : kTileRows<Op> / 3 * 2;
+    const int64_t tiles = problem.batch * problem.queries * problem.heads / rows;
+    const bool many = !kInTiles<Op> && narrow_heads && tiles >= kManyTiles;
+    return larger(many ? 2 * rows : rows, round_up(problem.group(), kRows<Op>));
   });
 }
 
@@ -58,6 +70,7 @@ struct Strip {
 template <class Op>
 struct Scratch {
   int64_t depth, width, block;  // padded dim as reduction, padded dim as columns, keys per block (a multiple of 32)
+  int64_t stride;               // of rows of weights
   Op *q, *k, *v, *p;
   float *s, *o, *top, *total, *alpha;
   const void **k_rows, **v_rows, **next_k_rows, **next_v_rows;
@@ -70,13 +83,15 @@ struct Scratch {
     const int64_t dim = problem.dim, rows = sizes.rows, strip_rows = smaller(rows, kRows<Op>);
     depth = round_up(dim, reduction<Op>::step), width = round_up(dim, kLanes);
     block = smaller(block_keys<Op>(dim), round_up(sizes.keys, 32));
+    stride = block * static_cast<int64_t>(sizeof(float) / sizeof(Op));
     // tiles take whole ones, of two strips of weights and two blocks of scores; totals stay in lanes
     const int64_t there = kInTiles<Op> ? round_up(rows, kRows<Op>) : rows;
     q = carve.take<Op>(there * depth);
     k = carve.take<Op>(block * depth);
     v = carve.take<Op>(block * width);
     s = carve.take<float>(kInTiles<Op> ? 2 * kRows<Op> * kRows<Op> : strip_rows * block);
-    p = carve.take<Op>(kInTiles<Op> ? 2 * kRows<Op> * block : strip_rows * block);
+    // weights take the place of their scores, a row in the memory of a row
+    p = kInTiles<Op> ? carve.take<Op>(2 * kRows<Op> * block) : reinterpret_cast<Op*>(s);
     o = carve.take<float>(there * width);
     top = carve.take<float>(round_up(rows, kLanes));
     total = carve.take<float>(kInTiles<Op> ? rows * kLanes : round_up(rows, kLanes));
@@ -110,7 +125,7 @@ inline float extreme(const float* s, int64_t n) {
 
 // S of a strip becomes P; row r sees its first visible[first + r] keys. The rows of O, top and total follow.
 template <class T, class Op>
-void soften(const Scratch<Op>& scratch, const Strip& strip, float scale) {
+void soften(const Scratch<Op>& scratch, const Strip& strip, float scale, Ahead<T>& ahead) {
   const int64_t first = strip.first, rows = strip.count, n = strip.most, depth = strip.depth;
   const int64_t* const visible = scratch.visible + first;
   const float* const scores = scratch.s;
@@ -148,7 +163,7 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale) {
   }
   for (int64_t r = 0; r < rows; ++r) {
     const float* const s = scores + r * scratch.block;
-    Op* const p = weights + r * depth;
+    Op* const p = weights + r * scratch.stride;
     const int64_t seen = smaller(visible[r], n);
     // where every score has overflowed to -inf, all weights are 0
     const Vec shift = splat(top[r] == -__builtin_inff() ? 0.0f : top[r]);
@@ -167,19 +182,20 @@ void soften(const Scratch<Op>& scratch, const Strip& strip, float scale) {
     }
     if (j < depth) __builtin_memset(p + j, 0, (depth - j) * sizeof(Op));
     total[r] += reduce_add(sum);
+    ahead.after(1);
   }
 }
 
 // What a block of n keys, packed in scratch, does to a strip of rows.
 template <class T>
-void meet(const Scratch<typename operand<T>::type>& x, int64_t n, const Strip& strip, float scale) {
+void meet(const Scratch<typename operand<T>::type>& x, int64_t n, const Strip& strip, float scale, Ahead<T>& ahead) {
   using Op = typename operand<T>::type;
   const int64_t columns = smaller(round_up(n, kLanes), round_up(strip.most, kPanel));
   const Op* const q = x.q + strip.first * x.depth;
   float* const o = x.o + strip.first * x.width;
   gemm<false>(strip.count, columns, x.depth, q, x.depth, x.k, x.s, x.block, x.depth, chain_of<T>);
-  soften<T>(x, strip, scale);
-  gemm<true>(strip.count, x.width, strip.depth, x.p, strip.depth, x.v, o, x.width, round_up(n, reduction<Op>::step),
+  soften<T>(x, strip, scale, ahead);
+  gemm<true>(strip.count, x.width, strip.depth, x.p, x.stride, x.v, o, x.width, round_up(n, reduction<Op>::step),
              chain_of<T>);
 }
 
@@ -194,14 +210,19 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
   const int64_t slots = segment.slots ? problem.global.count + problem.local.count : 0;
   const int64_t width = scratch.width, depth = scratch.depth;
 
-  // rows: token by token within a head, head by head
-  for (int64_t h = 0; h < group; ++h)
-    for (int64_t t = 0; t < tokens; ++t) {
-      const T* const from = query_row<T>(problem, problem.q, segment.batch, item.rank_begin + t, item.kv_head * group + h);
+  // rows: token by token within a head, head by head; the heads of a token lie side by side in memory
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < group; ++h) {
+      const int64_t head = item.kv_head * group + h;
+      const T* const from = query_row<T>(problem, problem.q, segment.batch, item.rank_begin + t, head);
+      if (t + kTokensAhead < tokens) {
+        const T* const later = query_row<T>(problem, problem.q, segment.batch, item.rank_begin + t + kTokensAhead, head);
+        ask_for(&later, 0, 1, 1, problem.dim);
+      }
       pack_rows(&from, 1, problem.dim, depth, scratch.q + (h * tokens + t) * depth);
     }
   __builtin_memset(scratch.o, 0, rows * width * sizeof(float));
-  for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = -__builtin_inff();
+  for (int64_t r = 0; r < round_up(rows, kLanes); ++r) scratch.top[r] = level_of_nothing<Op>;
   if constexpr (kInTiles<Op>) {
     __builtin_memset(scratch.total, 0, rows * kLanes * sizeof(float));
     __builtin_memset(scratch.q + rows * depth, 0, (round_up(rows, kRows<Op>) - rows) * depth * sizeof(Op));
@@ -213,6 +234,7 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
   const T** v_rows = reinterpret_cast<const T**>(scratch.v_rows);
   const T** next_k_rows = reinterpret_cast<const T**>(scratch.next_k_rows);
   const T** next_v_rows = reinterpret_cast<const T**>(scratch.next_v_rows);
+  int64_t all_see = -1;  // what scratch.visible holds for every row, if one number
   tiles_begin();
   const int64_t visible = problem.causal ? seen_keys(segment, slots, item.rank_end - 1) : item.key_end;
   const int64_t last = smaller(item.key_end, visible);
@@ -223,32 +245,40 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     const int64_t j1 = smaller(j0 + scratch.block, last), n = j1 - j0;
     const int64_t next = smaller(scratch.block, last - j1);
     if (next > 0) key_rows<T>(problem, segment, item.kv_head, slots, j1, j1 + next, next_k_rows, next_v_rows);
-    // rows of one head lie far apart, which hardware does not prefetch: values are asked for while keys are packed, and
-    // the next block's keys while values are
-    pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, n);
-    pack_depth(v_rows, n, problem.dim, scratch.v, next_k_rows, next);
+    // rows of one head lie far apart, which hardware does not prefetch: the next block's are asked for while this one is
+    // computed, the first values while keys are packed
+    pack_columns(k_rows, n, problem.dim, scratch.k, v_rows, j0 == item.key_begin ? n : 0);
+    pack_depth(v_rows, n, problem.dim, scratch.v);
+    Ahead<T> ahead(next_k_rows, next_v_rows, larger(0, next), problem.dim, rows);
+    // keys that the first token sees; a token more sees a key more
+    const int64_t seen = problem.causal ? seen_keys(segment, slots, item.rank_begin) - j0 : n;
+    if (seen < n || n != all_see) {
+      for (int64_t h = 0; h < group; ++h)
+        for (int64_t t = 0; t < tokens; ++t)
+          scratch.visible[h * tokens + t] = larger(0, smaller(n, seen + t));
+      all_see = seen < n ? -1 : n;
+    }
     [[maybe_unused]] int64_t strips = 0;
     for (int64_t first = 0; first < rows; first += kRows<Op>) {
       const int64_t count = smaller(kRows<Op>, rows - first);
-      int64_t most = 0;
-      for (int64_t r = first, t = first % tokens; r < first + count; ++r, t = t + 1 < tokens ? t + 1 : 0) {
-        const int64_t seen = seen_keys(segment, slots, item.rank_begin + t) - j0;
-        scratch.visible[r] = problem.causal ? larger(0, smaller(n, seen)) : n;
-        most = larger(most, scratch.visible[r]);
-      }
+      int64_t most = seen < n ? 0 : n, least = n;
+      if (seen < n)
+        for (int64_t r = first; r < first + count; ++r)
+          most = larger(most, scratch.visible[r]), least = smaller(least, scratch.visible[r]);
       if (most == 0) continue;
 #if defined(HICI_PATH_AMX)
       if constexpr (kInTiles<Op>) {
-        scratch.strips[strips++] = {first, count, most};
+        scratch.strips[strips++] = {first, count, most, least};
         continue;
       }
 #endif
-      meet<T>(scratch, n, {first, count, most, round_up(most, reduction<Op>::step)}, problem.scale);
+      meet<T>(scratch, n, {first, count, most, round_up(most, reduction<Op>::step)}, problem.scale, ahead);
     }
 #if defined(HICI_PATH_AMX)
     if constexpr (kInTiles<Op>) {
       const TileRows all{scratch.q, scratch.o, scratch.total, scratch.top, scratch.visible, depth, width};
-      BlockInTiles<T>(all, scratch.k, scratch.v, n, problem.scale, scratch.p, scratch.s).meet(scratch.strips, strips);
+      BlockInTiles<T>(all, scratch.k, scratch.v, n, problem.scale, scratch.p, scratch.s)
+          .meet(scratch.strips, strips, ahead);
     }
 #endif
     swap(k_rows, next_k_rows);
@@ -267,9 +297,12 @@ void forward(const AttentionProblem& problem, const ForwardItem& item, const For
     }
     return;
   }
-  for (int64_t r = 0; r < rows; ++r)
-    finish<T>(problem, segment, item.rank_begin + r % tokens, item.kv_head * group + r / tokens, scratch.o + r * width,
-              total(r), Weights<T>::level_of(scratch.top[r]), output);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < group; ++h) {
+      const int64_t r = h * tokens + t;
+      finish<T>(problem, segment, item.rank_begin + t, item.kv_head * group + h, scratch.o + r * width, total(r),
+                Weights<T>::level_of(scratch.top[r]), output);
+    }
 }
 
 template <class T>

@@ -65,11 +65,13 @@ inline void finish(const AttentionProblem& problem, const AttentionSegment& segm
   const int64_t b = segment.batch, dim = problem.dim;
   const int64_t query = problem.column(b, rank) - (problem.keys - problem.queries);
   T* const out = static_cast<T*>(output.out) + ((b * problem.queries + query) * problem.heads + head) * dim;
-  // divided, not multiplied by a rounded reciprocal
-  const Vec weight = splat(total == 0.0f ? 1.0f : total);
+  const float weight = total == 0.0f ? 1.0f : total;
+  const Vec by = splat(sizeof(T) == 2 ? 1.0f / weight : weight);
+  // float32 is divided, not multiplied by a rounded reciprocal
+  const auto result = [&](const float* sums) { return sizeof(T) == 2 ? mul(load(sums), by) : div(load(sums), by); };
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) narrow(out + d, div(load(o + d), weight));
-  if (d < dim) narrow_part(out + d, div(load(o + d), weight), dim - d);
+  for (; d + kLanes <= dim; d += kLanes) narrow(out + d, result(o + d));
+  if (d < dim) narrow_part(out + d, result(o + d), dim - d);
   // in double: the sum of a large maximum and a small logarithm is rounded once
   const double lse = level + __builtin_log(static_cast<double>(total));
   output.lse[(b * problem.heads + head) * problem.queries + query] = static_cast<float>(lse);

@@ -14,12 +14,15 @@
 namespace hici::cpu::HICI_PATH {
 
 constexpr int64_t kTileEdge = 32;  // rows, keys and values of a block of 2 x 2 tiles
+constexpr int kTogether = 4;       // rows whose weights are formed together: one alone waits for itself
 constexpr float kTileLag = 8.0f;   // weights up to 2^8: float32 sums lose nothing
+// The level of a row that has seen nothing: finite, since -inf less -inf is not a number.
+constexpr float kNoLevel = -__FLT_MAX__;
 
 // Rows of a tile that meet a block of keys together.
 struct TileStrip {
   int64_t first, count;  // rows, up to kTileEdge
-  int64_t most;          // keys of the block that any of them sees
+  int64_t most, least;   // keys of the block that any of them sees, that all of them see
 };
 
 // Rows of a tile. q and o have memory for a multiple of kTileEdge of them; those beyond are zero in q.
@@ -38,7 +41,7 @@ class BlockInTiles {
       : x_(rows), k_(k), v_(v), columns_(round_up(n, kLanes)), keys_(round_up(n, kTileEdge)), p_(p), s_(s),
         factor_(splat(Weights<T>::factor_of(scale))) {}
 
-  void meet(const TileStrip* strips, int64_t count) {
+  void meet(const TileStrip* strips, int64_t count, Ahead<T>& ahead) {
     if (count == 0) return;
     const int64_t blocks = (x_.width + kTileEdge - 1) / kTileEdge;
     int buffer = 0;
@@ -49,7 +52,7 @@ class BlockInTiles {
       const int64_t late = i > 0 ? blocks : 0;  // of values, which the strip before waits for
       const int64_t value_steps = i > 0 ? round_up(strips[i - 1].most, kTileEdge) / kTileEdge + 2 : 0;
       const int64_t steps = chunks * (x_.depth / kTileEdge + 2) + late * value_steps;
-      int64_t taken = 0, added = 0;
+      int64_t owed = 0, added = 0;  // steps times chunks times rows; blocks of values
       for (int64_t c = 0; c < chunks; ++c, buffer ^= 1) {
         const bool last = c + 1 == chunks, wanted = !last || i + 1 < count;
         bool scores = false;
@@ -67,8 +70,9 @@ class BlockInTiles {
           job_.step();
           return true;
         };
-        weigh(strips[i], i % 2, c, buffer, [&](int64_t row) {
-          for (; taken * chunks * rows < steps * (c * rows + row + 1); ++taken)
+        weigh(strips[i], i % 2, c, buffer, [&](int64_t done) {
+          if (c == 0) ahead.after(done);
+          for (owed += done * steps; owed >= chunks * rows; owed -= chunks * rows)
             if (!advance()) break;
         });
         // the next scores must be there; values may go on
@@ -136,34 +140,58 @@ class BlockInTiles {
     job_.start(onto, k, a, lda, b + from * k_total + 2 * (j - from), ldb, c, ldc, j + kTileEdge <= columns);
   }
 
-  // Scores of a chunk of keys become weights. between(r) is called after each row.
+  // Scores of a chunk of keys become weights. between(n) is called after every n rows.
   template <class Between>
   void weigh(const TileStrip& strip, int64_t which, int64_t chunk, int buffer, const Between& between) const {
-    const float* s = s_ + buffer * kTileEdge * kTileEdge;
-    bfloat16* const weights_of = weights(which);
+    const float* const s = s_ + buffer * kTileEdge * kTileEdge;
+    bfloat16* const p = weights(which);
     const int64_t j = chunk * kTileEdge;
-    const Vec none = splat(-__builtin_inff());
-    for (int64_t r = 0; r < strip.count; ++r, s += kTileEdge) {
-      const int64_t row = strip.first + r, seen = x_.visible[row] - j;
-      bfloat16* const p = weights_of + r * keys_;
-      if (seen <= 0) {
-        __builtin_memset(p + j, 0, kTileEdge * sizeof(bfloat16));
-        between(r);
-        continue;
+    int64_t r = 0;
+    if (strip.least >= j + kTileEdge)
+      for (; r + kTogether <= strip.count; r += kTogether) {
+        weigh_rows<kTogether>(strip.first + r, j, s + r * kTileEdge, p + r * keys_, kTileEdge);
+        between(kTogether);
       }
-      Vec low = mul(load(s), factor_), high = mul(load(s + kLanes), factor_);
-      if (seen < kLanes)
-        low = keep_first(seen, low, none), high = none;
-      else if (seen < kTileEdge)
-        high = keep_first(seen - kLanes, high, none);
-      if (any_above(max(low, high), x_.top[row] + kTileLag)) raise(row, max(low, high), p, j);
-      // where every score has overflowed to -inf, all weights are 0
-      const Vec shift = splat(x_.top[row] == -__builtin_inff() ? 0.0f : x_.top[row]);
-      low = Weights<T>::power(sub(low, shift)), high = Weights<T>::power(sub(high, shift));
-      float* const total = x_.total + row * kLanes;
-      store(total, add(load(total), add(low, high)));
-      _mm512_storeu_si512(p + j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-      between(r);
+    for (; r < strip.count; ++r) {
+      const int64_t seen = x_.visible[strip.first + r] - j;
+      if (seen > 0)
+        weigh_rows<1>(strip.first + r, j, s + r * kTileEdge, p + r * keys_, seen);
+      else
+        __builtin_memset(p + r * keys_ + j, 0, kTileEdge * sizeof(bfloat16));
+      between(1);
+    }
+  }
+
+  // R rows from `row` on, of whose keys from j on the first `seen` are seen; s [R][kTileEdge], p [R][keys_].
+  template <int R>
+  __attribute__((always_inline)) void weigh_rows(int64_t row, int64_t j, const float* s, bfloat16* p, int64_t seen) const {
+    Vec low[R], high[R];
+    bool above = false;
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      low[i] = mul(load(s + i * kTileEdge), factor_), high[i] = mul(load(s + i * kTileEdge + kLanes), factor_);
+      if (R == 1 && seen < kTileEdge) {
+        const Vec none = splat(-__builtin_inff());
+        low[i] = seen < kLanes ? keep_first(seen, low[i], none) : low[i];
+        high[i] = seen <= kLanes ? none : keep_first(seen - kLanes, high[i], none);
+      }
+      above |= any_above(max(low[i], high[i]), x_.top[row + i] + kTileLag);
+    }
+    if (__builtin_expect(above, 0))
+      for (int i = 0; i < R; ++i) {
+        const Vec most = max(low[i], high[i]);
+        if (any_above(most, x_.top[row + i] + kTileLag)) raise(row + i, most, p + i * keys_, j);
+      }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      const Vec level = splat(x_.top[row + i]);
+      low[i] = Weights<T>::power(sub(low[i], level)), high[i] = Weights<T>::power(sub(high[i], level));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      float* const total = x_.total + (row + i) * kLanes;
+      store(total, add(load(total), add(low[i], high[i])));
+      _mm512_storeu_si512(p + i * keys_ + j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high[i], low[i])));
     }
   }
 
@@ -173,7 +201,6 @@ class BlockInTiles {
   __attribute__((noinline)) void raise(int64_t row, Vec scores, bfloat16* p, int64_t waiting) const {
     const float level = __builtin_roundf(reduce_max(scores)), before = x_.top[row];
     x_.top[row] = level;
-    if (before == -__builtin_inff()) return;  // nothing is summed yet
     const Vec by = Weights<T>::power(splat(before - level));
     float *const o = x_.o + row * x_.width, *const total = x_.total + row * kLanes;
     for (int64_t d = 0; d < x_.width; d += kLanes) store(o + d, mul(load(o + d), by));

@@ -73,6 +73,7 @@ inline void strip(int64_t k, const float* a, int64_t lda, const float* b, float*
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[i][j] = zeros();
+#pragma GCC unroll 2
     for (; t < end; ++t) {
       Vec right[NV];
 #pragma GCC unroll 8

@@ -139,6 +139,28 @@ HICI_ASK void ask_for(const T* const* ahead, int64_t i, int64_t count, int64_t t
     for (int64_t at = 0; at < d; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead[i] + at, 0, 2);
 }
 
+// Two lists of rows wanted next, asked for one row at a time while `work` units of other work are done: asked for all at
+// once they would be waited for, since a core has few loads from memory on their way.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const T* const* first, const T* const* second, int64_t count, int64_t d, int64_t work)
+      : first_(first), second_(second), count_(count), d_(d), work_(work) {}
+  HICI_ASK void after(int64_t units) {
+    for (owed_ += units * 2 * count_; owed_ >= work_ && at_ < 2 * count_; owed_ -= work_, ++at_) {
+      if (at_ < count_)
+        ask_for(first_, at_, 1, count_, d_);
+      else
+        ask_for(second_, at_ - count_, 1, count_, d_);
+    }
+  }
+
+ private:
+  const T *const *const first_, *const *const second_;
+  const int64_t count_, d_, work_;
+  int64_t owed_ = 0, at_ = 0;
+};
+
 // B with the rows as columns: B(k, j) = rows[j][k], k < d. k_total = round_up(d, step), columns = round_up(n, kLanes).
 template <class Op, class T>
 inline void pack_columns(const T* const* rows, int64_t n, int64_t d, Op* out, const T* const* ahead = nullptr,
