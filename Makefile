@@ -75,11 +75,12 @@ build/driver-plain build/driver-memory build/driver-threads:
 	@cmake -S csrc/driver -B $@ -DHICI_SANITIZE=$(SANITIZE) > /dev/null
 	@cmake --build $@ --parallel $(shell nproc 2>/dev/null || echo 2)
 
-# attention on the path of tiles without its products: benchmarks/tiles
+# attention on the path of tiles without its products, then without moves of tiles too: benchmarks/tiles
 tiles:
 	@cmake -S benchmarks/tiles -B build/tiles > /dev/null
 	@cmake --build build/tiles --parallel $(shell nproc 2>/dev/null || echo 2)
 	@build/tiles/tiles
+	@build/tiles/tiles-still
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -1,5 +1,6 @@
 // tiles [threads] [rounds]: the time of attention on the path of tiles without its products, and what that leaves of the
-// rate of tiles if products take their time afterwards, or beside it.
+// rate of tiles if products take their time afterwards, or beside it. tiles-still: where tiles are not moved either, less
+// than any processor needs.
 
 #include <algorithm>
 #include <atomic>
@@ -11,6 +12,12 @@
 
 #include "cpu/attention.h"
 #include "cpu/ceilings.h"
+
+#if defined(HICI_TILES_STAY)
+constexpr const char* kLeft = "neither products nor moves of tiles";
+#else
+constexpr const char* kLeft = "all but products";
+#endif
 
 namespace hici::cpu::amx {
 
@@ -65,9 +72,9 @@ double frequency() {
 void report(const char* what, double flops, double products, int threads, double hertz, const Spread& rest) {
   const double tiles = products * kCycles / hertz / threads, rate = threads * hertz * kFlops / kCycles;
   const auto share = [&](double time) { return 100 * flops / time / rate; };
-  std::printf("%-22s all but products %.3f s (%.3f to %.3f), products %.3f s: %.0f %% of the rate of tiles one after the "
-              "other, %.0f %% at once\n",
-              what, rest.median, rest.least, rest.most, tiles, share(rest.median + tiles),
+  std::printf("%-22s %s %.3f s (%.3f to %.3f), products %.3f s: %.0f %% of the rate of tiles one after the other, %.0f %% "
+              "at once\n",
+              what, kLeft, rest.median, rest.least, rest.most, tiles, share(rest.median + tiles),
               share(std::max(rest.median, tiles)));
 }
 

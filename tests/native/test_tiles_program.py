@@ -22,6 +22,7 @@ FLAGS = ["-std=c++17", "-fsyntax-only", "-march=x86-64-v4", "-mavx512bf16", "-ma
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tiles are registers of x86-64")
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("stay", [[], ["-DHICI_TILES_STAY"]], ids=["moving", "still"])
 @pytest.mark.parametrize(
     "source",
     [
@@ -30,8 +31,8 @@ FLAGS = ["-std=c++17", "-fsyntax-only", "-march=x86-64-v4", "-mavx512bf16", "-ma
         "csrc/cpu/kernels/attention_backward.cpp",
     ],
 )
-def test_tiles_program_compiles(source):
-    command = [COMPILER, *FLAGS, *DEFINITIONS, f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", str(ROOT / source)]
+def test_tiles_program_compiles(source, stay):
+    command = [COMPILER, *FLAGS, *DEFINITIONS, *stay, f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", str(ROOT / source)]
     known = subprocess.run([COMPILER, *FLAGS, "-x", "c++", "/dev/null"], capture_output=True)
     if known.returncode != 0:
         pytest.skip("this compiler knows no tiles")

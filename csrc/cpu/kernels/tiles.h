@@ -2,7 +2,8 @@
 //
 // With HICI_EMULATE_TILES the same code runs on plain loops, so that its addressing can be tested on any machine with
 // AVX-512 and bfloat16 instructions. With HICI_TILES_ONLY_MOVE tiles are moved between memory and vector registers, and
-// products are only counted: results are wrong, and the time is that of everything else (benchmarks/tiles).
+// products are only counted: results are wrong, and the time is that of everything else (benchmarks/tiles). With
+// HICI_TILES_STAY too they are not even moved.
 #pragma once
 
 #include "vector.h"
@@ -63,6 +64,12 @@ inline void tiles_begin() { products_here() = 0; }
 inline void tiles_end() { tile_products() += products_here(); }
 template <int R>
 inline void tile_zero() {}
+#if defined(HICI_TILES_STAY)
+template <int R>
+inline void tile_load(const void*, int64_t) {}
+template <int R>
+inline void tile_store(void*, int64_t) {}
+#else
 // in assembly: compilers keep 16 addresses in registers that there are not
 #define HICI_FOUR_ROWS(load, store)                                                                         \
   "vmovdqu64 " load "(%0)" store "\n\tvmovdqu64 " load "(%0,%1)" store "\n\tvmovdqu64 " load "(%0,%1,2)" store \
@@ -84,6 +91,7 @@ inline void tile_store(void* p, int64_t stride) {
                    : "memory", "xmm31");
 }
 #undef HICI_FOUR_ROWS
+#endif
 template <int C, int A, int B>
 inline void tile_product() {}
 
