@@ -10,8 +10,11 @@
 // in order of heads and blocks, and so do packed keys, if there is room. (m, l) is (lse, 1) where the rounding of lse does
 // not show in the element type. In float32, or for very large lse, it does, and so does the rounding of O in delta where
 // one key has nearly all the weight: there, maximum, sum and delta = sum_j P dP of every query are formed anew from its
-// scores: the queries meet all their keys twice, and the gradients are made of the scores that the first time has left.
-// Where there is no room for them they are formed twice, two products more.
+// scores: the queries meet all their keys twice, and the gradients are made of the weights that the first time has left.
+// Where there is no room for them scores are formed twice, two products more.
+//
+// What the next block of keys and the next scores need is in the third-level cache: it is asked for a few lines at a time
+// between the products of the present ones.
 
 #include "attention_blocks.h"
 
@@ -74,25 +77,25 @@ void write_keys(const Context<T>& c) {
   }
 }
 
-// dQ^T of one block of queries becomes rows of dQ.
+// dQ^T of one block of queries becomes rows of dQ, written whole: they lie in pages of their own.
 template <class T>
 void write_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t queries, const float* dqt) {
   const AttentionProblem& p = c.problem;
-  const int64_t dim = p.dim, b = c.segment.batch;
+  const int64_t dim = p.dim, b = c.segment.batch, width = c.scratch.width;
+  float* const turned = c.scratch.turned;
   const float* rows[kLanes];
   for (int64_t t0 = 0; t0 < queries; t0 += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t there = smaller(kLanes, dim - d);
       for (int64_t i = 0; i < there; ++i) rows[i] = dqt + (d + i) * c.scratch.query_block + t0;
       // a tile of dQ^T is read as rows of d and comes out as rows of queries
-      transposed_tile<float>(rows, there, 0, kLanes, [&](int64_t t, Words w) {
-        if (t0 + t >= queries) return;
-        const int64_t query = p.column(b, rank0 + t0 + t) - (p.keys - p.queries);
-        T* const to = static_cast<T*>(c.output.gradients.q) + ((b * p.queries + query) * p.heads + head) * dim + d;
-        alignas(64) float row[kLanes];
-        store_words(row, w);
-        write_row(to, row, there, p.scale);
-      });
+      transposed_tile<float>(rows, there, 0, kLanes,
+                             [&](int64_t t, Words w) { store_words(turned + t * width + d, w); });
+    }
+    for (int64_t t = 0; t < smaller(kLanes, queries - t0); ++t) {
+      const int64_t query = p.column(b, rank0 + t0 + t) - (p.keys - p.queries);
+      T* const to = static_cast<T*>(c.output.gradients.q) + ((b * p.queries + query) * p.heads + head) * dim;
+      write_row(to, turned + t * width, dim, p.scale);
     }
   }
 }
@@ -140,33 +143,62 @@ void form_gradients(const Context<T>& c, bool anew, const Normalised& facts) {
       const int64_t seen = end - item.key_begin;
       const bool dq_in_parts = for_queries && summed_in_parts(problem) && seen > kTogether * step;
       const auto of = [&](int64_t i) { return x.at(problem, i - i0); };
-      // run(i, block of keys, its first key, keys, first query's rank, queries)
-      const auto each_block = [&](auto&& run) {
+      const auto scores_of = [&](int64_t i, int64_t j) { return kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0); };
+      // run(i, block of keys, its first key, keys, first query's rank, queries, what to do between products) for pairs of
+      // blocks, each of so many elements of products; soon(j, wanted): what the j-th block of keys will need
+      const auto each_block = [&](int64_t elements, auto&& soon, auto&& run) {
+        const auto first_of = [&](int64_t j) { return larger(i0, first_seeing(item.key_begin + j * step)); };
+        const int64_t parts = larger(elements / kBetween<Op>, 1);
         for (int64_t j = 0; j * step < seen; ++j) {
           const int64_t j0 = item.key_begin + j * step, keys = smaller(step, item.key_end - j0);
           if (!packed || j == loaded) {
             load_keys(c, j0, keys, for_queries, x.keys_at(packed ? j : 0));
             loaded = j + 1;
           }
-          for (int64_t i = larger(i0, first_seeing(j0)); i < i1; ++i)
-            run(i, j, j0, keys, blocks.rank(i), blocks.size(i));
+          const bool more = (j + 1) * step < seen;
+          Wanted next_keys;
+          if (more) soon(j + 1, next_keys);
+          next_keys.divide((i1 - first_of(j)) * parts);
+          for (int64_t i = first_of(j); i < i1; ++i) {
+            Wanted next_scores;
+            if (kept && (more || i + 1 < i1)) {
+              const Scores next = i + 1 < i1 ? scores_of(i + 1, j) : scores_of(first_of(j + 1), j + 1);
+              for (const float* const block : {next.s, next.dp}) next_scores.add(block, step * x.query_block * sizeof(float));
+            }
+            next_scores.divide(parts);
+            run(i, j, j0, keys, blocks.rank(i), blocks.size(i), [&] {
+              next_keys.ask();
+              next_scores.ask();
+            });
+          }
         }
       };
+      const int64_t score_elements = 2 * step * x.query_block;
+      const auto soon_packed = [&](int64_t j, Wanted& wanted, bool rows, bool transposed) {
+        if (!packed || j >= loaded) return;
+        const Keys<Op> keys = x.keys_at(j);
+        if (rows)
+          for (const Op* const block : {keys.k, keys.v}) wanted.add(block, step * x.depth * sizeof(Op));
+        if (transposed) wanted.add(keys.kt, step * x.dim * sizeof(Op));
+      };
       for (int64_t i = i0; i < i1; ++i) {
+        const int64_t more = i + 1 < i1 ? blocks.size(i + 1) : 0;
         if (anew) {
-          pack_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of(i));
+          pack_queries(c, head, blocks.rank(i), blocks.size(i), more, for_keys, of(i));
           open_facts(of(i));
         } else {
-          load_queries(c, head, blocks.rank(i), blocks.size(i), for_keys, of(i));
+          load_queries(c, head, blocks.rank(i), blocks.size(i), more, for_keys, of(i));
         }
         if (for_queries) __builtin_memset(of(i).dqt, 0, dq_size * sizeof(float));
         if (dq_in_parts) __builtin_memset(of(i).dqt_parts, 0, dq_size * sizeof(float));
       }
       if (anew) {
-        each_block([&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count) {
+        const auto soon = [&](int64_t j, Wanted& wanted) { soon_packed(j, wanted, true, false); };
+        each_block(score_elements, soon, [&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count,
+                                             const auto& between) {
           const int64_t columns = round_up(count, kLanes);
-          const Scores scores = kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0);
-          form_scores(c, x.keys_at(packed ? j : 0), keys, of(i), columns, scores);
+          const Scores scores = scores_of(i, j);
+          form_scores(c, x.keys_at(packed ? j : 0), keys, of(i), columns, scores, between);
           add_facts<T>(scores, of(i), x.query_block, keys, columns, hidden_from(c, j0, keys, rank), problem.scale);
         });
         for (int64_t i = i0; i < i1; ++i) close_facts(c, head, blocks.rank(i), blocks.size(i), of(i), facts);
@@ -175,17 +207,29 @@ void form_gradients(const Context<T>& c, bool anew, const Normalised& facts) {
         for (float* const part : {x.dk_part, x.dv_part}) clear_rows(part, item.key_end - item.key_begin, c);
       float* const dk = !for_keys ? nullptr : in_parts ? x.dk_part : x.dk;
       float* const dv = !for_keys ? nullptr : in_parts ? x.dv_part : x.dv;
-      each_block([&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count) {
+      const auto soon = [&](int64_t j, Wanted& wanted) {
+        const int64_t keys = smaller(step, item.key_end - item.key_begin - j * step);
+        if (dk)
+          for (const float* const sums : {dk, dv}) wanted.add(sums + j * step * width, keys * width * sizeof(float));
+        soon_packed(j, wanted, !kept, for_queries);
+      };
+      const int64_t elements = (kept ? 0 : score_elements) + (for_keys ? 2 * step * width : 0) +
+                               (for_queries ? x.dim * x.query_block : 0);
+      each_block(elements, soon, [&](int64_t i, int64_t j, int64_t j0, int64_t keys, int64_t rank, int64_t count,
+                                     const auto& between) {
         const int64_t columns = round_up(count, kLanes), at = j * step * width;
         const int64_t hidden = hidden_from(c, j0, keys, rank);
         const Keys<Op> from = x.keys_at(packed ? j : 0);
-        const Scores scores = kept ? x.scores_at(i - i0, j) : x.scores_at(0, 0);
-        if (!kept) form_scores(c, from, keys, of(i), columns, scores);
+        const Scores scores = scores_of(i, j);
+        if (!kept) form_scores(c, from, keys, of(i), columns, scores, between);
         if (c.all_keys)
           weigh_all<T>(x, scores, of(i), keys, columns, hidden, problem.scale);
+        else if (kept)
+          weigh_kept<T>(x, scores, of(i), keys, columns, hidden);
         else
           weigh<T>(x, scores, of(i), keys, columns, hidden, problem.scale);
-        add_gradients(c, from, keys, count, of(i), dk ? dk + at : nullptr, dv ? dv + at : nullptr, for_queries);
+        add_gradients(c, from, keys, count, x.slopes_of(scores), of(i), dk ? dk + at : nullptr, dv ? dv + at : nullptr,
+                      for_queries, between);
         if (!dq_in_parts || (j + 1) % kTogether != 0) return;
         add_rows(of(i).dqt_parts, of(i).dqt, dq_size);
         __builtin_memset(of(i).dqt, 0, dq_size * sizeof(float));

@@ -59,9 +59,16 @@ struct Keys {
   Op *k, *v, *kt;
 };
 
-// A block of S^T and dP^T.
+// A block of S^T and dP^T. Where the facts of their queries were formed of them and they are kept, e^(S - level) is in the
+// place of S: the level of these keys and those before.
 struct Scores {
-  float *s, *dp;
+  float *s, *dp, *level;
+};
+
+// P and dS: rows of keys.
+template <class Op>
+struct Slopes {
+  Op *p, *ds;
 };
 
 template <class Op>
@@ -73,9 +80,9 @@ struct Scratch {
   int64_t packed;                  // keys that stay packed
   bool kept;                       // and their scores with kAhead blocks of queries
   Op *k, *v, *kt, *o_columns;      // blocks of Keys; outputs as columns
-  // weights and their gradients: rows of keys; gradients again as reduction over keys
-  Op *p, *ds, *ds_depth;
-  float *s, *dp;  // blocks of Scores
+  Op *p, *ds, *ds_depth;           // a block of Slopes, where these are no floats; dS again as reduction over keys
+  float *s, *dp, *level;           // blocks of Scores
+  float* turned;                   // rows of dQ
   const void **k_rows, **v_rows, **q_rows, **do_rows, **o_rows;
   float *dk, *dv;            // of all keys of the item
   float *dk_part, *dv_part;  // over kTogether blocks of queries
@@ -94,16 +101,17 @@ struct Scratch {
     v = carve.take<Op>(rows * depth);
     kt = carve.take<Op>(rows * dim);
     o_columns = carve.take<Op>(query_block * depth);
-    p = carve.take<Op>(key_block * query_block);
-    ds = carve.take<Op>(key_block * query_block);
+    const int64_t slopes = sizeof(Op) == sizeof(float) ? 0 : key_block * query_block;
+    p = carve.take<Op>(slopes);
+    ds = carve.take<Op>(slopes);
     ds_depth = carve.take<Op>(key_block * query_block);
     s = carve.take<float>(scores * query_block);
     dp = carve.take<float>(scores * query_block);
+    level = carve.take<float>(kept ? kAhead * key_blocks * query_block : 0);
+    turned = carve.take<float>(kLanes * width);
     k_rows = carve.take<const void*>(key_block);
     v_rows = carve.take<const void*>(key_block);
-    q_rows = carve.take<const void*>(query_block);
-    do_rows = carve.take<const void*>(query_block);
-    o_rows = carve.take<const void*>(query_block);
+    for (const void*** const rows : {&q_rows, &do_rows, &o_rows}) *rows = carve.take<const void*>(2 * query_block);
     dk = carve.take<float>(sizes.keys * width);
     dv = carve.take<float>(sizes.keys * width);
     const int64_t part_rows = summed_in_parts(problem) ? sizes.keys : 0;
@@ -117,9 +125,17 @@ struct Scratch {
   Keys<Op> keys_at(int64_t block) const {
     return {k + block * key_step * depth, v + block * key_step * depth, kt + block * key_step * dim};
   }
+  // in the order in which blocks are computed
   Scores scores_at(int64_t query, int64_t key) const {
-    const int64_t at = (query * key_blocks + key) * key_step * query_block;
-    return {s + at, dp + at};
+    const int64_t i = key * kAhead + query, at = i * key_step * query_block;
+    return {s + at, dp + at, kept ? level + i * query_block : nullptr};
+  }
+  // what becomes of scores: floats take their place
+  Slopes<Op> slopes_of(const Scores& of) const {
+    if constexpr (sizeof(Op) == sizeof(float))
+      return {of.s, of.dp};
+    else
+      return {p, ds};
   }
   Queries<Op> at(const AttentionProblem& problem, int64_t block) const {
     Carve carve(queries + block * queries_size);
@@ -155,19 +171,19 @@ void load_keys(const Context<T>& c, int64_t j0, int64_t n, bool transposed,
   if (transposed) pack_rows_transposed(k, n, c.problem.dim, c.most_keys(), to.kt);
 }
 
-// Queries and output gradients, packed; the pointers to their rows stay in scratch.
+// Queries and output gradients, packed; `more`: how many queries after them are packed next.
 template <class T>
-void pack_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, bool as_depth,
+void pack_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, int64_t more, bool as_depth,
                   const Queries<typename operand<T>::type>& to) {
   const AttentionProblem& p = c.problem;
   const T** const q = reinterpret_cast<const T**>(c.scratch.q_rows);
   const T** const g = reinterpret_cast<const T**>(c.scratch.do_rows);
-  for (int64_t t = 0; t < n; ++t) {
+  for (int64_t t = 0; t < n + more; ++t) {
     q[t] = query_row<T>(p, p.q, c.segment.batch, rank0 + t, head);
     g[t] = query_row<T>(p, c.input.grad_out, c.segment.batch, rank0 + t, head);
   }
-  pack_columns(q, n, p.dim, to.q_columns);
-  pack_columns(g, n, p.dim, to.do_columns);
+  pack_columns(q, n, p.dim, to.q_columns, q + n, more);
+  pack_columns(g, n, p.dim, to.do_columns, g + n, more);
   if (!as_depth) return;
   pack_depth(q, n, p.dim, to.q_depth);
   pack_depth(g, n, p.dim, to.do_depth);
@@ -183,21 +199,21 @@ int64_t fact_at(const Context<T>& c, int64_t head, int64_t rank) {
 
 // With shift, factor and delta, which are known.
 template <class T>
-void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, bool as_depth,
+void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, int64_t more, bool as_depth,
                   const Queries<typename operand<T>::type>& to) {
   auto& x = c.scratch;
   const AttentionProblem& p = c.problem;
   const int64_t dim = p.dim, columns = round_up(n, kLanes);
-  pack_queries(c, head, rank0, n, as_depth, to);
+  pack_queries(c, head, rank0, n, more, as_depth, to);
   if (c.all_keys) {
     for (int64_t t = 0; t < columns; ++t) to.delta[t] = 0;
   } else if (!c.input.delta) {
     const T** const o = reinterpret_cast<const T**>(x.o_rows);
-    for (int64_t t = 0; t < n; ++t) {
+    for (int64_t t = 0; t < n + more; ++t) {
       const int64_t query = p.column(c.segment.batch, rank0 + t) - (p.keys - p.queries);
       o[t] = static_cast<const T*>(c.input.out) + ((c.segment.batch * p.queries + query) * p.heads + head) * dim;
     }
-    pack_columns(o, n, dim, x.o_columns);
+    pack_columns(o, n, dim, x.o_columns, o + n, more);
     column_dots(columns, x.depth, to.do_columns, x.o_columns, to.delta, chain_of<T>);
   }
   for (int64_t t = 0; t < n; ++t) {
@@ -214,15 +230,15 @@ void load_queries(const Context<T>& c, int64_t head, int64_t rank0, int64_t n, b
   for (int64_t t = n; t < columns; ++t) to.shift[t] = 0, to.factor[t] = 1, to.delta[t] = 0;
 }
 
-// Rows of S and dP become P and dS; query t sees row i if t >= first + i.
-template <class T, class Op>
-void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
-           int64_t first, float scale) {
-  const Vec factor = splat(Weights<T>::factor_of(scale));
+// Rows of S and dP become P = weight(row of S, t) and dS; query t sees row i if t >= first + i.
+template <class Op, class Weight>
+inline void weigh_by(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
+                     int64_t first, const Weight& weight_at) {
+  const Slopes<Op> to = x.slopes_of(from);
   const int64_t ld = x.query_block;
   for (int64_t i = 0; i < keys; ++i) {
     const float *const s = from.s + i * ld, *const dp = from.dp + i * ld;
-    Op *const p = x.p + i * ld, *const ds = x.ds + i * ld;
+    Op *const p = to.p + i * ld, *const ds = to.ds + i * ld;
     const int64_t hidden = smaller(larger(first + i, 0), columns);
     int64_t t = 0;
     for (; t + kLanes <= hidden; t += kLanes) {
@@ -230,7 +246,7 @@ void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int6
       narrow(ds + t, zeros());
     }
     for (; t < columns; t += kLanes) {
-      Vec weight = mul(weight_of<T>(load(s + t), factor, load(of.shift + t)), load(of.factor + t));
+      Vec weight = weight_at(s, t);
       Vec slope = mul(weight, sub(load(dp + t), load(of.delta + t)));
       if (t < hidden) {
         weight = keep_first(hidden - t, zeros(), weight);
@@ -242,9 +258,37 @@ void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int6
   }
 }
 
+// Rows of S and dP become P and dS; query t sees row i if t >= first + i.
+template <class T, class Op>
+void weigh(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
+           int64_t first, float scale) {
+  const Vec factor = splat(Weights<T>::factor_of(scale));
+  weigh_by(x, from, of, keys, columns, first, [&](const float* s, int64_t t) __attribute__((always_inline)) {
+    return mul(weight_of<T>(load(s + t), factor, load(of.shift + t)), load(of.factor + t));
+  });
+}
+
+// The same where these have been weighed by levels of their own.
+template <class T, class Op>
+void weigh_kept(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
+                int64_t first) {
+  const Vec least = splat(-__builtin_inff());
+  alignas(64) float by[kQueryBlock];
+  for (int64_t t = 0; t < columns; t += kLanes) {
+    const Vec level = load(from.level + t), power = Weights<T>::power(sub(level, load(of.shift + t)));
+    store(by + t, mul(where_equal(level, least, zeros(), power), load(of.factor + t)));
+  }
+  weigh_by(x, from, of, keys, columns, first, [&](const float* s, int64_t t) __attribute__((always_inline)) {
+    return mul(load(s + t), load(by + t));
+  });
+}
+
 // Which lanes of row i of a vector of queries from t on are hidden, and what they get.
 struct Causality {
   int64_t first, t;
+  // so many rows are seen by every lane, by some lane
+  int64_t whole() const { return larger(t - first + 1, 0); }
+  int64_t some() const { return larger(t - first + kLanes, 0); }
   Vec operator()(int64_t i, Vec v, Vec hidden) const {
     const int64_t n = smaller(larger(first + i - t, 0), kLanes);
     return n == 0 ? v : n == kLanes ? hidden : keep_first(n, hidden, v);
@@ -264,6 +308,7 @@ template <class T, class Op>
 void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, int64_t keys, int64_t columns,
                int64_t first, float scale) {
   const Vec factor = splat(Weights<T>::factor_of(scale)), least = splat(-__builtin_inff());
+  const Slopes<Op> to = x.slopes_of(from);
   const int64_t ld = x.query_block;
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
@@ -287,8 +332,8 @@ void weigh_all(const Scratch<Op>& x, const Scores& from, const Queries<Op>& of, 
     const Vec delta = add(dot.total(), load(of.delta + t));
     for (int64_t i = 0; i < keys; ++i) {
       const Vec weight = load(from.s + i * ld + t);
-      narrow(x.p + i * ld + t, weight);
-      narrow(x.ds + i * ld + t, mul(weight, sub(load(from.dp + i * ld + t), delta)));
+      narrow(to.p + i * ld + t, weight);
+      narrow(to.ds + i * ld + t, mul(weight, sub(load(from.dp + i * ld + t), delta)));
     }
   }
 }
@@ -309,29 +354,41 @@ void open_facts(const Queries<Op>& of) {
   }
 }
 
-// shift, factor and delta, so far the sums of weights and of weights times dP, take in one more block of keys.
+// shift, factor and delta, so far the sums of weights and of weights times dP, take in one more block of keys. Scores that
+// are kept become weights.
 template <class T, class Op>
 void add_facts(const Scores& from, const Queries<Op>& of, int64_t ld, int64_t keys, int64_t columns, int64_t first,
                float scale) {
   const Vec least = splat(-__builtin_inff()), by = splat(Weights<T>::factor_of(scale));
   for (int64_t t = 0; t < columns; t += kLanes) {
     const Causality seen{first, t};
+    const int64_t whole = smaller(seen.whole(), keys) / 4 * 4, some = smaller(seen.some(), keys);
     const Vec before = load(of.shift + t);
-    Vec top = before;
-    for (int64_t i = 0; i < keys; ++i) top = max(top, seen(i, mul(load(from.s + i * ld + t), by), top));
+    Vec tops[4] = {before, before, before, before};
+    for (int64_t i = 0; i < whole; i += 4)
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r) tops[r] = max(tops[r], mul(load(from.s + (i + r) * ld + t), by));
+    Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+    for (int64_t i = whole; i < some; ++i) top = max(top, seen(i, mul(load(from.s + i * ld + t), by), top));
     const Vec level = where_equal(top, least, zeros(), top);
     RowSum sum, dot;
-    for (int64_t i = 0; i < keys; ++i) {
-      const Vec weight = seen(i, weight_of<T>(load(from.s + i * ld + t), by, level), zeros());
-      sum.add_row(i, weight);
-      dot.add_row(i, mul(weight, load(from.dp + i * ld + t)));
-    }
+    const auto take = [&](int64_t i, int64_t r, Vec weight) __attribute__((always_inline)) {
+      if (from.level) store(from.s + i * ld + t, weight);
+      sum.part[r] = add(sum.part[r], weight);
+      dot.part[r] = add(dot.part[r], mul(weight, load(from.dp + i * ld + t)));
+    };
+    for (int64_t i = 0; i < whole; i += 4)
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r) take(i + r, r, weight_of<T>(load(from.s + (i + r) * ld + t), by, level));
+    for (int64_t i = whole; i < some; ++i)
+      take(i, 0, seen(i, weight_of<T>(load(from.s + i * ld + t), by, level), zeros()));
     const Vec kept = where_equal(before, least, zeros(), Weights<T>::power(sub(before, top)));
     for (float* const part : {of.factor, of.delta, of.lost[0], of.lost[1]})
       store(part + t, mul(load(part + t), kept));
     add_exactly(of.factor + t, of.lost[0] + t, sum.total());
     add_exactly(of.delta + t, of.lost[1] + t, dot.total());
     store(of.shift + t, top);
+    if (from.level) store(from.level + t, top);
   }
 }
 
@@ -350,22 +407,23 @@ void close_facts(const Context<T>& c, int64_t head, int64_t rank0, int64_t n,
   for (int64_t t = n; t < round_up(n, kLanes); ++t) of.shift[t] = 0, of.factor[t] = 1, of.delta[t] = 0;
 }
 
-// dS once more, as the right operand of dQ^T: rows of keys are the reduction.
+// dS as the right operand of dQ^T: rows of keys are the reduction.
 template <class Op>
-void interleave(const Scratch<Op>& x, int64_t keys, int64_t columns) {
+const Op* interleave(const Scratch<Op>& x, const Op* ds, int64_t keys, int64_t columns) {
   const int64_t ld = x.query_block;
+  if (reduction<Op>::pair == 1 && columns == ld && ld == kPanel) return ds;
   const int64_t k_total = round_up(keys, reduction<Op>::step);
   for (int64_t j = 0; j < columns; j += kPanel) {
     const int64_t panel = smaller(kPanel, columns - j);
     Op* const to = x.ds_depth + j * k_total;
     for (int64_t i = 0; i < k_total; i += reduction<Op>::pair) {
       if constexpr (reduction<Op>::pair == 1) {
-        for (int64_t t = 0; t < panel; t += kLanes) store(to + i * panel + t, load(x.ds + i * ld + j + t));
+        for (int64_t t = 0; t < panel; t += kLanes) store(to + i * panel + t, load(ds + i * ld + j + t));
       } else {
 #if defined(HICI_PATH_AVX512)
         for (int64_t t = 0; t < panel; t += kLanes) {
           const auto row = [&](int64_t r) {
-            const Op* const at = x.ds + r * ld + j + t;
+            const Op* const at = ds + r * ld + j + t;
             return r < keys ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)) : _mm256_setzero_si256();
           };
           const __m512i even = _mm512_cvtepu16_epi32(row(i)), odd = _mm512_cvtepu16_epi32(row(i + 1));
@@ -375,15 +433,21 @@ void interleave(const Scratch<Op>& x, int64_t keys, int64_t columns) {
       }
     }
   }
+  return x.ds_depth;
 }
 
 // S^T and dP^T of a block of keys and a block of queries.
-template <class T>
+template <class T, class Between>
 void form_scores(const Context<T>& c, const Keys<typename operand<T>::type>& from, int64_t keys,
-                 const Queries<typename operand<T>::type>& of, int64_t columns, const Scores& to) {
+                 const Queries<typename operand<T>::type>& of, int64_t columns, const Scores& to,
+                 const Between& between) {
+  using Op = typename operand<T>::type;
   const int64_t depth = c.scratch.depth, ld = c.scratch.query_block;
-  gemm<false>(keys, columns, depth, from.k, depth, of.q_columns, to.s, ld, depth, chain_of<T>);
-  gemm<false>(keys, columns, depth, from.v, depth, of.do_columns, to.dp, ld, depth, chain_of<T>);
+  const auto product = [&](const Op* a, const Op* b, float* s) {
+    gemm<false>(Product<Op>{keys, columns, depth, a, depth, b, s, ld, depth, chain_of<T>}, between);
+  };
+  product(from.k, of.q_columns, to.s);
+  product(from.v, of.do_columns, to.dp);
 }
 
 // Row 0 of the block of keys j0.. is hidden from this many queries, the first of rank rank0; less than one: from none.
@@ -392,26 +456,32 @@ int64_t hidden_from(const Context<T>& c, int64_t j0, int64_t keys, int64_t rank0
   return c.problem.causal ? c.segment.key_begin + j0 - c.slots - rank0 : -keys;
 }
 
-// What P and dS in scratch add to gradients; dk, dv: sums of these keys, or null where not wanted.
-template <class T>
+// What P and dS add to gradients; dk, dv: sums of these keys, or null where not wanted.
+template <class T, class Between>
 void add_gradients(const Context<T>& c, const Keys<typename operand<T>::type>& from, int64_t keys, int64_t queries,
-                   const Queries<typename operand<T>::type>& of, float* dk, float* dv, bool for_queries) {
+                   const Slopes<typename operand<T>::type>& slopes, const Queries<typename operand<T>::type>& of,
+                   float* dk, float* dv, bool for_queries, const Between& between) {
+  using Op = typename operand<T>::type;
   auto& x = c.scratch;
-  constexpr int kStep = reduction<typename operand<T>::type>::step;
+  constexpr int kStep = reduction<Op>::step;
   const int64_t columns = round_up(queries, kLanes), query_depth = round_up(queries, kStep), ld = x.query_block;
   // padding of the reduction over queries
   for (int64_t i = 0; i < keys && columns < query_depth; ++i) {
-    narrow(x.p + i * ld + columns, zeros());
-    narrow(x.ds + i * ld + columns, zeros());
+    narrow(slopes.p + i * ld + columns, zeros());
+    narrow(slopes.ds + i * ld + columns, zeros());
   }
   if (dk) {
-    gemm<true>(keys, x.width, query_depth, x.p, ld, of.do_depth, dv, x.width, query_depth, chain_of<T>);
-    gemm<true>(keys, x.width, query_depth, x.ds, ld, of.q_depth, dk, x.width, query_depth, chain_of<T>);
+    const auto product = [&](const Op* a, const Op* b, float* sums) {
+      gemm<true>(Product<Op>{keys, x.width, query_depth, a, ld, b, sums, x.width, query_depth, chain_of<T>}, between);
+    };
+    product(slopes.p, of.do_depth, dv);
+    product(slopes.ds, of.q_depth, dk);
   }
   if (for_queries) {
     const int64_t key_depth = round_up(keys, kStep);
-    interleave(x, keys, columns);
-    gemm<true>(x.dim, columns, key_depth, from.kt, c.most_keys(), x.ds_depth, of.dqt, ld, key_depth, chain_of<T>);
+    const Op* const ds = interleave(x, slopes.ds, keys, columns);
+    gemm<true>(Product<Op>{x.dim, columns, key_depth, from.kt, c.most_keys(), ds, of.dqt, ld, key_depth, chain_of<T>},
+               between);
   }
 }
 

@@ -127,10 +127,25 @@ inline void strip(int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, 
 }
 #endif
 
-template <int NV, bool Accumulate, class Op>
-inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc, int64_t chain) {
+// What a product does besides, each time about kBetween<Op> elements of C are done: nothing.
+struct Nothing {
+  void operator()() const {}
+};
+template <class Op>
+#if defined(HICI_PATH_AMX)
+constexpr int64_t kBetween = reduction<Op>::pair == 2 ? 32 * 32 : kStrip * kPanel;
+#else
+constexpr int64_t kBetween = kStrip * kPanel;
+#endif
+
+template <int NV, bool Accumulate, class Op, class Between>
+inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c, int64_t ldc, int64_t chain,
+                  const Between& between) {
   int64_t i = 0;
-  for (; i + kStrip <= m; i += kStrip) strip<kStrip, NV, Accumulate>(k, a + i * lda, lda, b, c + i * ldc, ldc, chain);
+  for (; i + kStrip <= m; i += kStrip) {
+    strip<kStrip, NV, Accumulate>(k, a + i * lda, lda, b, c + i * ldc, ldc, chain);
+    between();
+  }
   a += i * lda, c += i * ldc;
   switch (m - i) {
     case 5:
@@ -148,20 +163,20 @@ inline void panel(int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, f
   }
 }
 
-template <bool Accumulate, class Op>
+template <bool Accumulate, class Op, class Between = Nothing>
 inline void panel_of(int64_t columns, int64_t m, int64_t k, const Op* a, int64_t lda, const Op* b, float* c,
-                     int64_t ldc, int64_t chain) {
+                     int64_t ldc, int64_t chain, const Between& between = {}) {
   switch (columns / kLanes) {
 #if defined(HICI_PATH_AVX512)
     case 4:
-      return panel<4, Accumulate>(m, k, a, lda, b, c, ldc, chain);
+      return panel<4, Accumulate>(m, k, a, lda, b, c, ldc, chain, between);
     case 3:
-      return panel<3, Accumulate>(m, k, a, lda, b, c, ldc, chain);
+      return panel<3, Accumulate>(m, k, a, lda, b, c, ldc, chain, between);
 #endif
     case 2:
-      return panel<2, Accumulate>(m, k, a, lda, b, c, ldc, chain);
+      return panel<2, Accumulate>(m, k, a, lda, b, c, ldc, chain, between);
     default:
-      return panel<1, Accumulate>(m, k, a, lda, b, c, ldc, chain);
+      return panel<1, Accumulate>(m, k, a, lda, b, c, ldc, chain, between);
   }
 }
 
@@ -188,8 +203,8 @@ struct Product {
 
 #if defined(HICI_PATH_AMX)
 // The rows that are in tiles, by blocks of 2 x 2.
-template <bool Accumulate>
-inline void gemm_tiles(const Product<bfloat16>& p) {
+template <bool Accumulate, class Between>
+inline void gemm_tiles(const Product<bfloat16>& p, const Between& between) {
   const int64_t rows = p.rows_in_tiles();
   for (int64_t j = 0; j < p.n; j += 32) {
     const int64_t start = j / kPanel * kPanel, ldb = 2 * smaller(kPanel, p.n - start);  // elements per row of pairs
@@ -207,28 +222,29 @@ inline void gemm_tiles(const Product<bfloat16>& p) {
         tile_block<1, 2, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
       else
         tile_block<1, 1, Accumulate>(p.k, a, p.lda, b, ldb, c, p.ldc);
+      between();
     }
   }
 }
 #endif
 
 // The rows that are not in tiles.
-template <bool Accumulate, class Op>
-inline void gemm_rest(const Product<Op>& p) {
+template <bool Accumulate, class Op, class Between = Nothing>
+inline void gemm_rest(const Product<Op>& p, const Between& between = {}) {
   const int64_t done = p.rows_in_tiles();
   if (done == p.m) return;
   for (int64_t j = 0; j < p.n; j += kPanel)
     panel_of<Accumulate>(smaller(kPanel, p.n - j), p.m - done, p.k, p.a + done * p.lda, p.lda, p.b + j * p.k_total,
-                         p.c + done * p.ldc + j, p.ldc, p.chain);
+                         p.c + done * p.ldc + j, p.ldc, p.chain, between);
 }
 
 // Between tiles_begin() and tiles_end().
-template <bool Accumulate, class Op>
-inline void gemm(const Product<Op>& p) {
+template <bool Accumulate, class Op, class Between = Nothing>
+inline void gemm(const Product<Op>& p, const Between& between = {}) {
 #if defined(HICI_PATH_AMX)
-  if constexpr (reduction<Op>::pair == 2) gemm_tiles<Accumulate>(p);
+  if constexpr (reduction<Op>::pair == 2) gemm_tiles<Accumulate>(p, between);
 #endif
-  gemm_rest<Accumulate>(p);
+  gemm_rest<Accumulate>(p, between);
 }
 
 template <bool Accumulate, class Op>

@@ -161,6 +161,36 @@ class Ahead {
   int64_t owed_ = 0, at_ = 0;
 };
 
+// Memory wanted soon, to be asked for in so many parts.
+class Wanted {
+ public:
+  void add(const void* at, int64_t bytes) {
+    if (bytes > 0) stretches_[count_++] = {static_cast<const char*>(at), (bytes + kLine - 1) / kLine};
+  }
+  void divide(int64_t parts) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += stretches_[i].lines;
+    part_ = (lines + parts - 1) / larger(parts, 1);
+  }
+  HICI_ASK void ask() {
+    for (int64_t left = part_; left > 0 && at_ < count_;) {
+      Stretch& x = stretches_[at_];
+      for (; left > 0 && x.lines > 0; --left, --x.lines, x.next += kLine) __builtin_prefetch(x.next, 0, 2);
+      if (x.lines == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Stretch {
+    const char* next;
+    int64_t lines;
+  };
+  Stretch stretches_[5];
+  int count_ = 0, at_ = 0;
+  int64_t part_ = 0;
+};
+
 // B with the rows as columns: B(k, j) = rows[j][k], k < d. k_total = round_up(d, step), columns = round_up(n, kLanes).
 template <class Op, class T>
 inline void pack_columns(const T* const* rows, int64_t n, int64_t d, Op* out, const T* const* ahead = nullptr,
