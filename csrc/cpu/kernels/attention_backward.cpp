@@ -163,7 +163,8 @@ void form_gradients(const Context<T>& c, bool anew, const Normalised& facts) {
             Wanted next_scores;
             if (kept && (more || i + 1 < i1)) {
               const Scores next = i + 1 < i1 ? scores_of(i + 1, j) : scores_of(first_of(j + 1), j + 1);
-              for (const float* const block : {next.s, next.dp}) next_scores.add(block, step * x.query_block * sizeof(float));
+              for (const float* const block : {next.s, next.dp})
+                next_scores.add(block, step * x.query_block * sizeof(float));
             }
             next_scores.divide(parts);
             run(i, j, j0, keys, blocks.rank(i), blocks.size(i), [&] {
